@@ -1,0 +1,75 @@
+"""dpfl: differentially private federated learning with TensorFlow.
+
+Importing dpfl imports neither TensorFlow nor anything else heavy: names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+from typing import TYPE_CHECKING, Any
+
+# TensorFlow reads this when it is imported: without it, it prints a page about accelerators.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+__version__ = importlib.metadata.version("dpfl")
+
+_HOMES = {
+    "Experiment": "dpfl.simulation",
+    "FederatedData": "dpfl.data",
+    "Gaussian": "dpfl.mechanisms",
+    "Guarantee": "dpfl.privacy",
+    "InputError": "dpfl.errors",
+    "LocalTraining": "dpfl.clients",
+    "NoMechanism": "dpfl.mechanisms",
+    "Poisson": "dpfl.sampling",
+    "Privacy": "dpfl.privacy",
+    "ServerOptimizer": "dpfl.simulation",
+    "Study": "dpfl.study",
+}
+_MODULES = ("charts", "data", "mechanisms", "models", "privacy", "simulation", "study")
+
+if TYPE_CHECKING:
+    from dpfl import charts, data, mechanisms, models, privacy, simulation, study
+    from dpfl.clients import LocalTraining
+    from dpfl.data import FederatedData
+    from dpfl.errors import InputError
+    from dpfl.mechanisms import Gaussian, NoMechanism
+    from dpfl.privacy import Guarantee, Privacy
+    from dpfl.sampling import Poisson
+    from dpfl.simulation import Experiment, ServerOptimizer
+    from dpfl.study import Study
+
+__all__ = [
+    "Experiment",
+    "FederatedData",
+    "Gaussian",
+    "Guarantee",
+    "InputError",
+    "LocalTraining",
+    "NoMechanism",
+    "Poisson",
+    "Privacy",
+    "ServerOptimizer",
+    "Study",
+    "charts",
+    "data",
+    "mechanisms",
+    "models",
+    "privacy",
+    "simulation",
+    "study",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"dpfl.{name}")
+    raise AttributeError(f"module 'dpfl' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,307 @@
+"""The command line. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dpfl.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dpfl.privacy import Guarantee
+
+app = typer.Typer(
+    name="dpfl",
+    help="Differentially private federated learning: train, account, and chart the privacy-accuracy trade-off.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RelationOption = Annotated[
+    Literal["add_or_remove_one", "replace_one", "replace_special"],
+    typer.Option(help="The neighbouring relation: what may differ between two datasets."),
+]
+AccountantOption = Annotated[Literal["pld", "rdp"], typer.Option(help="The accountant: pld is tight, rdp is looser.")]
+UnitOption = Annotated[
+    Literal["user", "example"], typer.Option(help="The privacy unit: what one neighbour differs in.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a statement in words.")]
+SamplingRateOption = Annotated[
+    float, typer.Option(help="Probability with which each unit takes part in a step, (0, 1].")
+]
+StepsOption = Annotated[int, typer.Option(help="Noisy sums released: rounds (user) or local steps (example).")]
+DeltaOption = Annotated[float, typer.Option(help="Probability mass outside the epsilon bound, (0, 1).")]
+
+
+def main() -> None:
+    """Runs the command line; refused input becomes one sentence and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback()
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        import dpfl
+
+        print(dpfl.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def epsilon(
+    noise_multiplier: Annotated[float, typer.Option(help="Standard deviation of the noise divided by the clip norm.")],
+    sampling_rate: SamplingRateOption,
+    steps: StepsOption,
+    delta: DeltaOption,
+    unit: UnitOption = "user",
+    relation: RelationOption = "add_or_remove_one",
+    accountant: AccountantOption = "pld",
+    as_json: JsonOption = False,
+) -> None:
+    """Epsilon of the Poisson-subsampled Gaussian mechanism, from its noise."""
+    _print_guarantee(
+        _guarantee(noise_multiplier, sampling_rate, steps, delta, unit, relation, accountant), noise_multiplier, as_json
+    )
+
+
+@app.command()
+def noise(
+    epsilon: Annotated[float, typer.Option(help="The epsilon that must not be exceeded.")],
+    sampling_rate: SamplingRateOption,
+    steps: StepsOption,
+    delta: DeltaOption,
+    unit: UnitOption = "user",
+    relation: RelationOption = "add_or_remove_one",
+    accountant: AccountantOption = "pld",
+    as_json: JsonOption = False,
+) -> None:
+    """Noise multiplier of the Poisson-subsampled Gaussian mechanism, from its epsilon, rounded up."""
+    from dpfl import privacy
+
+    multiplier = privacy.noise_multiplier(
+        epsilon, delta, sampling_rate=sampling_rate, steps=steps, relation=relation, accountant=accountant
+    )
+    guarantee = _guarantee(multiplier, sampling_rate, steps, delta, unit, relation, accountant)
+    _print_guarantee(guarantee, multiplier, as_json)
+
+
+@app.command()
+def tradeoff(
+    data: Annotated[
+        str,
+        typer.Option(help="digits, synthetic, mnist, fashion_mnist, cifar10, or a .npz, .csv or .parquet file."),
+    ] = "digits",
+    clients: Annotated[
+        int | None, typer.Option(help="Number of simulated clients, for data without clients. [digits: 300]")
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="How examples go to simulated clients: iid, dirichlet:ALPHA or shards:N. [iid]")
+    ] = None,
+    client_column: Annotated[str | None, typer.Option(help="Column that names the client, for files.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the label, for files.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Columns to learn from, separated by commas, for files. [all others]")
+    ] = None,
+    standardize: Annotated[
+        bool,
+        typer.Option(
+            "--standardize", help="Scale features by their mean and deviation, for tables; not covered by epsilon."
+        ),
+    ] = False,
+    model: Annotated[str, typer.Option(help="softmax, mlp or cnn.")] = "softmax",
+    epsilon: Annotated[
+        str, typer.Option(help="Epsilons; none clips without noise and adds plain averaging.")
+    ] = "0.5,1,2,4,8,none",
+    clip_norm: Annotated[str, typer.Option(help="Clip norms: largest L2 norms of an update.")] = "0.1,0.25,0.5,1,2",
+    rounds: Annotated[
+        str, typer.Option(help="Numbers of rounds; the more, the fewer local steps in each.")
+    ] = "10,30,100,300",
+    local_work: Annotated[int, typer.Option(help="Local steps of a client over all rounds, held fixed.")] = 300,
+    delta: Annotated[float | None, typer.Option(help="Delta. [the largest power of ten below 1 / clients]")] = None,
+    relation: RelationOption = "add_or_remove_one",
+    accountant: AccountantOption = "pld",
+    allow_weak_delta: Annotated[
+        bool, typer.Option("--allow-weak-delta", help="Accept a delta of 1 / clients and more.")
+    ] = False,
+    cohort: Annotated[
+        int | None, typer.Option(help="Expected number of clients in a round. [30 % of the clients]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in a client's minibatch.")] = 5,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the clients' SGD.")] = 0.5,
+    server_optimizer: Annotated[
+        Literal["sgd", "momentum", "adam"], typer.Option(help="The server's optimizer.")
+    ] = "sgd",
+    server_learning_rate: Annotated[float, typer.Option(help="Learning rate of the server's optimizer.")] = 1.0,
+    seeds: Annotated[int, typer.Option(help="Number of seeds; every configuration uses the same ones.")] = 3,
+    workers: Annotated[int | None, typer.Option(help="Worker processes. [one for each core]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for tables and figures; finished runs in it are kept.")] = Path(
+        "runs/tradeoff"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smoke run: a small grid, in place of the grid's options.")
+    ] = False,
+) -> None:
+    """Train over epsilon x clip norm x number of rounds, and chart accuracy against privacy."""
+    import dpfl.data
+    from dpfl.privacy import Privacy
+    from dpfl.simulation import ServerOptimizer
+    from dpfl.study import tradeoff as tradeoff_study
+
+    if quick:
+        epsilon, clip_norm, rounds, local_work, seeds = "1,8,none", "0.5", "10,30", 30, 2
+    federated = dpfl.data.load(
+        data,
+        clients=clients,
+        partition=partition,
+        client=client_column,
+        label=label_column,
+        features=None if features is None else features.split(","),
+        standardize=standardize or None,
+    )
+    print(federated.summary())
+    study = tradeoff_study(
+        federated,
+        model=model,
+        epsilons=_numbers("epsilon", epsilon, float, none_allowed=True),
+        clip_norms=_numbers("clip-norm", clip_norm, float),
+        rounds=_numbers("rounds", rounds, int),
+        local_work=local_work,
+        privacy=Privacy(
+            epsilon=None,
+            delta=_default_delta(federated.num_clients) if delta is None else delta,
+            relation=relation,
+            accountant=accountant,
+            allow_weak_delta=allow_weak_delta,
+        ),
+        cohort=max(1, round(0.3 * federated.num_clients)) if cohort is None else cohort,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        server=ServerOptimizer(name=server_optimizer, learning_rate=server_learning_rate),
+        seeds=seeds,
+    )
+    total, pending = len(study.run_ids), study.pending(out)
+    if pending < total:
+        print(f"{total - pending} of {total} runs are finished in {out} and kept; {pending or 'none'} to do.")
+    try:
+        frame = study.run(out, workers=workers).frame()
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted: {total - study.pending(out)} of {total} finished runs are kept in {out}; "
+            "the same command goes on from there.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    _chart(frame, out)
+    _print_best(frame)
+    print(f"Tables and figures: {out}/runs.csv, history.csv, epsilon.png, clipping.png, round_frequency.png")
+
+
+def _guarantee(
+    multiplier: float, rate: float, steps: int, delta: float, unit: Any, relation: Any, accountant: Any
+) -> Guarantee:
+    from dpfl import privacy
+    from dpfl.privacy.accounting import accountant_name
+
+    event = privacy.poisson_gaussian(multiplier, rate, steps)
+    return privacy.Guarantee(
+        unit=unit,
+        relation=relation,
+        epsilon=privacy.epsilon(event, delta, relation=relation, accountant=accountant),
+        delta=delta,
+        mechanism=f"the Gaussian mechanism with noise multiplier {multiplier:g} on the clipped sum",
+        sampler=f"on a Poisson sample at rate {rate:g}" if rate < 1 else "on all of them",
+        steps=steps,
+        accountant=accountant_name(accountant),
+        released="what is computed from the noisy sums",
+        assumptions=()
+        if multiplier == 0
+        else (
+            "It holds if each unit takes part in a step independently with the sampling rate, contributes at most "
+            "the clip norm, and the noise is drawn afresh in each step.",
+        ),
+    )
+
+
+def _print_guarantee(guarantee: Guarantee, noise_multiplier: float, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"noise_multiplier": noise_multiplier, **guarantee.as_dict()}))
+    else:
+        Console().print(guarantee.statement(), highlight=False)
+
+
+def _numbers(name: str, text: str, kind: type, none_allowed: bool = False) -> list[Any]:
+    def parse(word: str) -> Any:
+        if none_allowed and word.lower() == "none":
+            return None
+        try:
+            return kind(word)
+        except ValueError:
+            expected = "whole numbers" if kind is int else "numbers"
+            also = " or none" if none_allowed else ""
+            raise InputError(
+                f"--{name} takes {expected}{also}, separated by commas, but '{word}' is none of these."
+            ) from None
+
+    return [parse(word.strip()) for word in text.split(",")]
+
+
+def _default_delta(clients: int) -> float:
+    """The largest power of ten below 1 / clients."""
+    return float(f"1e-{len(str(clients))}")
+
+
+def _chart(frame: pd.DataFrame, folder: Path) -> None:
+    from dpfl import charts
+
+    for name in ("epsilon", "clipping", "round_frequency"):
+        try:
+            figure = getattr(charts, name)(frame)
+        except InputError as error:
+            print(f"no {name}.png: {error}", file=sys.stderr)
+        else:
+            charts.save(figure, folder / f"{name}.png")
+
+
+def _print_best(frame: pd.DataFrame) -> None:
+    """Prints the best setting for each epsilon."""
+    import pandas as pd
+
+    from dpfl import charts
+
+    first = frame.iloc[0]
+    table = Table(
+        title=f"{first['dataset']}: best of the grid by validation accuracy, reported on the test split",
+        caption="interval: 95 % Student t over seeds; the choice of the best is not charged to epsilon",
+    )
+    for heading in ("epsilon", "noise multiplier", "clip norm", "rounds", "test accuracy", "95 % interval"):
+        table.add_column(heading, justify="right")
+    for row in charts.best_settings(frame).to_dict("records"):
+        no_noise = "plain averaging" if row["mechanism"] == "none" else "no noise"
+        table.add_row(
+            no_noise if pd.isna(row["epsilon"]) else f"{row['epsilon']:g}",
+            f"{row['noise_multiplier']:g}" if row["noise_multiplier"] else "-",
+            "-" if pd.isna(row["clip_norm"]) else f"{row['clip_norm']:g}",
+            f"{row['rounds']}",
+            f"{row['mean']:.1%}",
+            "-" if pd.isna(row["low"]) else f"{row['low']:.1%} to {row['high']:.1%}",
+        )
+    Console().print(table)
+    diverged = int((frame["status"] == "diverged").sum())
+    if diverged:
+        print(f"{diverged} of {len(frame)} runs diverged; they are recorded as such in runs.csv.")

@@ -1,0 +1,81 @@
+"""Which examples a client sees at which local step, in graph."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+
+def minibatches(
+    starts: tf.Tensor,
+    sizes: tf.Tensor,
+    clients: tf.Tensor,
+    *,
+    steps: tf.Tensor,
+    epochs: tf.Tensor,
+    batch_size: int,
+    seed: tf.Tensor,
+    round_number: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Lays out the minibatches of some clients for a round.
+
+    The order of a client's examples in an epoch depends on (seed, round, client, epoch) alone, not
+    on which other clients are trained beside it.
+
+    Args:
+        starts: first row of each client's examples, (clients,), int32.
+        sizes: number of each client's examples, at least 1, (clients,), int32.
+        clients: index of each client, (clients,), int32.
+        steps: local steps of every client, a scalar; 0 where `epochs` counts instead.
+        epochs: passes over the examples, a scalar; 0 where `steps` counts instead.
+        batch_size: examples in a minibatch.
+        seed: the seed of shuffling, (2,), int32.
+        round_number: the round, a scalar, int32.
+
+    Returns:
+        Rows of the examples, (clients, most steps, batch_size), int32, and a mask of the same shape
+        that is 1.0 where a row counts: the last minibatch of an epoch may be smaller, and clients
+        with fewer steps than the others have empty minibatches at the end.
+    """
+    per_epoch = (sizes + batch_size - 1) // batch_size
+    wanted = tf.where(steps > 0, tf.fill(tf.shape(sizes), steps), epochs * per_epoch)
+    most_epochs = tf.reduce_max((wanted + per_epoch - 1) // per_epoch)
+    most_examples = tf.reduce_max(sizes)
+
+    draws = _hash(seed, round_number, clients, most_epochs, most_examples)
+    position = tf.range(most_examples)
+    is_padding = position[None, None, :] >= sizes[:, None, None]
+    order = tf.argsort(tf.where(is_padding, tf.int64.max, draws))
+
+    step = tf.range(tf.reduce_max(wanted))[None, :]
+    epoch, batch = step // per_epoch[:, None], step % per_epoch[:, None]
+    within = batch[:, :, None] * batch_size + tf.range(batch_size)
+    counts = (within < sizes[:, None, None]) & (step < wanted[:, None])[:, :, None]
+    flat = tf.minimum(epoch, most_epochs - 1)[:, :, None] * most_examples + tf.minimum(within, most_examples - 1)
+    chosen = tf.gather(tf.reshape(order, [tf.shape(sizes)[0], -1]), flat, batch_dims=1)
+    rows = starts[:, None, None] + tf.where(counts, chosen, 0)
+    return rows, tf.cast(counts, tf.float32)
+
+
+def _hash(
+    seed: tf.Tensor, round_number: tf.Tensor, clients: tf.Tensor, epochs: tf.Tensor, examples: tf.Tensor
+) -> tf.Tensor:
+    """Uniform non-negative int64 values, (clients, epochs, examples), each a function of its own indices.
+
+    SplitMix64's finaliser (Steele et al. 2014, OOPSLA) as a counter-based generator, because
+    TensorFlow's stateless generators take one seed a call and would tie a client's order to its
+    place in the cohort. Shuffling needs no more; noise never comes from here.
+    """
+
+    def mix(state: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+        bits = state + (tf.cast(value, tf.uint64) + 1) * tf.constant(0x9E3779B97F4A7C15, tf.uint64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            shifted = tf.bitwise.right_shift(bits, tf.constant(shift, tf.uint64))
+            bits = tf.bitwise.bitwise_xor(bits, shifted) * tf.constant(factor, tf.uint64)
+        return tf.bitwise.bitwise_xor(bits, tf.bitwise.right_shift(bits, tf.constant(31, tf.uint64)))
+
+    words = tf.bitcast(seed, tf.uint32)
+    state = mix(mix(tf.cast(words[0], tf.uint64), words[1]), round_number)
+    by_client = mix(state, clients)
+    by_epoch = mix(by_client[:, None], tf.range(epochs)[None, :])
+    values = mix(by_epoch[:, :, None], tf.range(examples)[None, None, :])
+    return tf.bitcast(tf.bitwise.right_shift(values, tf.constant(1, tf.uint64)), tf.int64)

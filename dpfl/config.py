@@ -1,0 +1,74 @@
+"""Validated, immutable configuration: the base of everything that a user sets."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import pydantic
+import pydantic_core
+
+from dpfl.errors import InputError
+
+
+class Config(pydantic.BaseModel):
+    """An immutable group of settings that is validated when it is made.
+
+    Unknown fields are refused. Equality is by value; `model_copy` is replaced by `replace`, which
+    validates again.
+
+    Raises:
+        InputError: one sentence for the first setting that is wrong.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except pydantic.ValidationError as error:
+            raise InputError(_sentence(type(self), error.errors()[0])) from None
+
+    def replace(self, **settings: Any) -> Any:
+        """Returns a copy with other values, validated.
+
+        Args:
+            **settings: new values by field; `{"local.steps": 3}` reaches into a nested group.
+        """
+        values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        nested: dict[str, dict[str, Any]] = {}
+        for path, value in settings.items():
+            name, _, rest = path.partition(".")
+            if name not in values:
+                raise InputError(_unknown_field(type(self), path, name))
+            if rest:
+                nested.setdefault(name, {})[rest] = value
+            else:
+                values[name] = value
+        for name, inner in nested.items():
+            if not isinstance(values[name], Config):
+                path = f"{name}.{next(iter(inner))}"
+                raise InputError(f"'{path}' is not a setting: '{name}' has no settings of its own.")
+            values[name] = values[name].replace(**inner)
+        return type(self)(**values)
+
+
+def _unknown_field(config: type[Config], path: str, name: str) -> str:
+    known = list(config.model_fields)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}."
+    return f"'{path}' is not a setting of {config.__name__}: {hint}"
+
+
+def _sentence(config: type[Config], error: pydantic_core.ErrorDetails) -> str:
+    """One sentence for a person from pydantic's first complaint."""
+    context = error.get("ctx", {})
+    if isinstance(context.get("error"), InputError):
+        return str(context["error"])
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return _unknown_field(config, path, path)
+    if error["type"] == "missing":
+        return f"{config.__name__} lacks '{path}': give it a value."
+    complaint = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{path or config.__name__} {complaint}, but it was {error['input']!r}."

@@ -1,0 +1,32 @@
+"""Federated datasets: training examples grouped by client, with central held-out examples.
+
+One class, `FederatedData`, and the ways to get it: datasets that need no download (`digits`, `synthetic`),
+the usual images (`mnist`, `fashion_mnist`, `cifar10`), your own (`from_arrays`, `from_dataframe`,
+`from_file`), and `load`, which finds any of these by name or path. Data without clients is dealt to simulated
+ones by `partitions`. What the privacy guarantee does not cover (statistics, categories, accuracies on
+held-out examples) travels with the data as `FederatedData.assumptions`. Importing this package imports NumPy
+and neither TensorFlow nor pandas.
+"""
+
+from dpfl.data import partitions
+from dpfl.data.arrays import from_arrays
+from dpfl.data.embedded import digits, synthetic
+from dpfl.data.federated_data import FederatedData
+from dpfl.data.files import from_file
+from dpfl.data.images import cifar10, fashion_mnist, mnist
+from dpfl.data.loading import load
+from dpfl.data.tables import from_dataframe
+
+__all__ = [
+    "FederatedData",
+    "cifar10",
+    "digits",
+    "fashion_mnist",
+    "from_arrays",
+    "from_dataframe",
+    "from_file",
+    "load",
+    "mnist",
+    "partitions",
+    "synthetic",
+]

@@ -1,0 +1,131 @@
+"""Federated data from a pandas DataFrame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dpfl.data.arrays import Split, assemble, distinct_labels
+from dpfl.data.federated_data import FederatedData
+from dpfl.data.wording import instead
+from dpfl.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_MOST_CATEGORIES = 2_000  # one-hot memory is examples x categories
+
+
+def from_dataframe(
+    frame: pd.DataFrame,
+    client: str | None,
+    label: str,
+    features: Sequence[str] | None = None,
+    *,
+    standardize: bool = False,
+    name: str = "dataframe",
+    clients: int | None = None,
+    partition: str | None = None,
+    test_fraction: float = 0.2,
+    validation_fraction: float = 0.1,
+    split: Split = "examples",
+    seed: int = 0,
+) -> FederatedData:
+    """Builds federated data from a table with one row per example.
+
+    Numbers and booleans become one feature each; strings and categories become one feature per category,
+    after all others. The label column may have any type: its sorted distinct values are the classes.
+
+    Args:
+        frame: One row per example.
+        client: Column that says who owns each row; None deals the rows to `clients` by `partition`.
+        label: Column with the class.
+        features: Columns to learn from; by default all but the client and the label.
+        standardize: Scale numeric columns (neither booleans nor categories) to mean 0 and standard deviation
+            1 over the training examples. The guarantee does not cover these statistics, and says so.
+        name: What charts and records call the dataset.
+        clients: See `from_arrays`, as for all that follow.
+        partition: See `from_arrays`.
+        test_fraction: See `from_arrays`.
+        validation_fraction: See `from_arrays`.
+        split: See `from_arrays`.
+        seed: See `from_arrays`.
+
+    Raises:
+        InputError: A column is not there, is used twice, has missing or infinite values or a type that is no
+            feature, or an option is not valid.
+    """
+    if not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()][0]
+        raise InputError(f"the column {twice!r} is there more than once: rename or drop it.")
+    roles = [label] if client is None else [client, label]
+    if features is None:
+        features = [column for column in frame.columns if column not in roles]
+    features = [features] if isinstance(features, str) else list(features)
+    for column in [*roles, *features]:
+        if column not in frame.columns:
+            raise InputError(f"there is no column {column!r}: {instead(column, frame.columns)}")
+    if not features or len({*roles, *features}) < len(roles) + len(features):
+        raise InputError(
+            f"the client is {client!r}, the label {label!r} and the features {features}, but at least one "
+            "feature is needed and no column may be used twice."
+        )
+    x, scalable, categorical = _features(frame[features])
+    labels, class_names = distinct_labels(frame[label], f"the labels in column {label!r}")
+    assumptions = [f"The classes in column {label!r} are treated as public."]
+    if categorical:
+        assumptions.append(f"The categories in {', '.join(map(repr, categorical))} are treated as public.")
+    return assemble(
+        x,
+        labels,
+        None if client is None else frame[client],
+        class_names=class_names,
+        given={},
+        standardized=scalable if standardize else (),
+        assumptions=tuple(assumptions),
+        name=name,
+        clients=clients,
+        partition=partition,
+        test_fraction=test_fraction,
+        validation_fraction=validation_fraction,
+        split=split,
+        seed=seed,
+    )
+
+
+def _features(frame: pd.DataFrame) -> tuple[np.ndarray, list[int], list[str]]:
+    """Returns float64 (examples, features), the features that can be scaled, and the one-hot columns."""
+    import pandas as pd
+    from pandas.api import types
+
+    scalable, plain, categorical = [], [], []
+    for column, values in frame.items():
+        dtype = values.dtype
+        if missing := int(values.isna().sum()):
+            raise InputError(
+                f"column {column!r} has missing values in {missing} of {len(values)} rows: fill or drop them."
+            )
+        if isinstance(dtype, pd.CategoricalDtype) or types.is_object_dtype(dtype) or types.is_string_dtype(dtype):
+            categorical.append(column)
+            if (count := values.nunique()) > _MOST_CATEGORIES:
+                raise InputError(
+                    f"column {column!r} has {count} categories, but at most {_MOST_CATEGORIES} become "
+                    "features: group them or leave the column out of the features."
+                )
+        elif types.is_bool_dtype(dtype):
+            plain.append(column)
+        elif types.is_numeric_dtype(dtype) and not types.is_complex_dtype(dtype):
+            if infinite := int(np.isinf(values.to_numpy(np.float64)).sum()):
+                raise InputError(
+                    f"column {column!r} has infinite values in {infinite} of {len(values)} rows: replace or drop them."
+                )
+            scalable.append(column)
+        else:
+            raise InputError(
+                f"column {column!r} has type {dtype}, but numbers, booleans, strings or categories are "
+                "needed: convert it or leave it out of the features."
+            )
+    columns = pd.get_dummies(frame[[*scalable, *plain, *categorical]], columns=categorical, dtype=np.float64)
+    return columns.to_numpy(np.float64), list(range(len(scalable))), [str(column) for column in categorical]

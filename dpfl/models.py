@@ -1,0 +1,354 @@
+"""Keras models as pure functions of their weights.
+
+Simulating many clients wants a model without variables: the same graph then serves every client's
+weights. A Keras model becomes one by being rebuilt inside the graph while `tf.variable_creator_scope`
+hands out tensors where Keras asks for variables (as `tff.learning.models.functional_model_from_keras`
+does). Random layers such as Dropout draw from a seed that is passed in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dpfl.errors import InputError
+from dpfl.randomness import Purpose, generator
+
+ModelBuilder = Callable[[], tf.keras.Model]
+
+
+def softmax(example_shape: Sequence[int], num_classes: int) -> tf.keras.Model:
+    """Softmax regression: one dense layer, zero initial weights (a convex problem needs no others)."""
+    return tf.keras.Sequential(
+        [
+            tf.keras.layers.Input(tuple(example_shape)),
+            tf.keras.layers.Flatten(),
+            tf.keras.layers.Dense(num_classes, kernel_initializer="zeros"),
+        ]
+    )
+
+
+def mlp(example_shape: Sequence[int], num_classes: int) -> tf.keras.Model:
+    """One hidden layer of 100 units with ReLU."""
+    return tf.keras.Sequential(
+        [
+            tf.keras.layers.Input(tuple(example_shape)),
+            tf.keras.layers.Flatten(),
+            tf.keras.layers.Dense(100, activation="relu"),
+            tf.keras.layers.Dense(num_classes),
+        ]
+    )
+
+
+def cnn(example_shape: Sequence[int], num_classes: int) -> tf.keras.Model:
+    """Two convolutions of 3 x 3 with 16 and 32 channels, each with 2 x 2 max-pooling, then a dense layer.
+
+    Raises:
+        InputError: examples are not images of shape (height, width, channels), at least 4 x 4.
+    """
+    if len(example_shape) != 3 or min(example_shape[:2]) < 4:
+        raise InputError(
+            f"the model cnn needs images of shape (height, width, channels) of at least 4 x 4, but examples have "
+            f"shape {tuple(example_shape)}; use the model mlp or softmax."
+        )
+    return tf.keras.Sequential(
+        [
+            tf.keras.layers.Input(tuple(example_shape)),
+            tf.keras.layers.Conv2D(16, 3, padding="same", activation="relu"),
+            tf.keras.layers.MaxPool2D(),
+            tf.keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
+            tf.keras.layers.MaxPool2D(),
+            tf.keras.layers.Flatten(),
+            tf.keras.layers.Dense(num_classes),
+        ]
+    )
+
+
+_NAMED = {"softmax": softmax, "mlp": mlp, "cnn": cnn}
+
+
+class FunctionalModel:
+    """A Keras classifier as a pure function of its trainable weights.
+
+    Args:
+        model: the name of a model ("softmax", "mlp", "cnn"), a function without arguments that
+            returns a new Keras model, or a Keras model, whose weights are then the initial ones.
+            The model maps a batch of examples to logits, one per class.
+        example_shape: shape of one example.
+        num_classes: number of classes in the data.
+
+    Attributes:
+        shapes: shapes of the trainable weights, in the order in which Keras creates them.
+        parameters: number of trainable parameters.
+        vectorizes: whether clients may be trained side by side by `tf.vectorized_map`: all layers
+            are plain matrix products and element-wise functions.
+        key: a short text that two models share only if they compute the same from the same seed.
+
+    Raises:
+        InputError: dpfl cannot train the model; the sentence says why.
+    """
+
+    def __init__(
+        self, model: str | ModelBuilder | tf.keras.Model, example_shape: Sequence[int], num_classes: int
+    ) -> None:
+        self._example_shape = tuple(example_shape)
+        self._given_weights: list[np.ndarray] | None = None
+        self._builder = self._make_builder(model, num_classes)
+        template, created = self._build_template(seed=0)
+        self._check_output(template, num_classes)
+        trainable = {id(variable) for variable in template.trainable_variables}
+        self._is_trainable = [id(variable) in trainable for variable in created]
+        if isinstance(model, tf.keras.Model):
+            # A rebuilt model creates its weights in the same order as it lists them.
+            position = {id(variable): index for index, variable in enumerate(template.weights)}
+            given = model.get_weights()
+            self._given_weights = [given[position[id(variable)]] for variable in created]
+        self.shapes = [
+            tuple(variable.shape) for variable, trains in zip(created, self._is_trainable, strict=True) if trains
+        ]
+        self.parameters = sum(int(np.prod(shape)) for shape in self.shapes)
+        self.vectorizes = _only_products(template)
+        self._frozen = [
+            value for value, trains in zip(self._created_values(seed=0), self._is_trainable, strict=True) if not trains
+        ]
+        graph = self._forward_graph()
+        self.key = model if isinstance(model, str) else f"{type(template).__name__.lower()}-{self._digest(graph)}"
+
+    def initial_weights(self, seed: int) -> list[np.ndarray]:
+        """Trainable weights before training: a function of the seed, or the given model's own."""
+        values = self._created_values(seed)
+        return [value for value, trains in zip(values, self._is_trainable, strict=True) if trains]
+
+    def to_keras(self, weights: Sequence[np.ndarray]) -> tf.keras.Model:
+        """Returns an ordinary Keras model with these trainable weights, as `shapes` says."""
+        model, created = self._build_template(seed=0)
+        trainable, frozen = iter(weights), iter(self._frozen)
+        for variable, trains in zip(created, self._is_trainable, strict=True):
+            variable.assign(next(trainable if trains else frozen))
+        return model
+
+    def losses_and_logits(
+        self,
+        weights: Sequence[tf.Tensor],
+        x: tf.Tensor,
+        y: tf.Tensor,
+        *,
+        training_seed: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Evaluates the model. Only inside a `tf.function`.
+
+        Args:
+            weights: trainable weights, as `shapes` says.
+            x: examples, (batch, *example_shape).
+            y: labels, (batch,), int32.
+            training_seed: int32 of shape (2,), the seed of random layers; None evaluates without them.
+
+        Returns:
+            Cross-entropy per example (batch,), in nats; logits (batch, classes); the sum of the
+            model's regularisation losses, a scalar.
+        """
+        model = self._bind(weights, training_seed)
+        logits = model(x, training=training_seed is not None)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
+        penalty = tf.add_n([tf.cast(loss, tf.float32) for loss in model.losses] or [tf.constant(0.0)])
+        return losses, logits, penalty
+
+    def _make_builder(self, model: Any, num_classes: int) -> ModelBuilder:
+        if isinstance(model, str):
+            if model not in _NAMED:
+                raise InputError(
+                    f"there is no model '{model}': choose {', '.join(_NAMED)}, or give a function that returns "
+                    "a Keras model."
+                )
+            named = _NAMED[model]
+            return lambda: named(self._example_shape, num_classes)
+        if isinstance(model, tf.keras.Model):
+            try:
+                config = model.get_config()
+            except NotImplementedError:
+                raise InputError(
+                    f"the model {model.name} cannot be rebuilt because its class has no get_config: "
+                    "give a function that returns a new model instead."
+                ) from None
+            return lambda: type(model).from_config(config)
+        if callable(model):
+            return model
+        raise InputError(
+            f"a model is a name ({', '.join(_NAMED)}), a function that returns a Keras model, or a Keras model, "
+            f"but it was {model!r}."
+        )
+
+    def _build(self) -> tf.keras.Model:
+        model = self._builder()
+        if not isinstance(model, tf.keras.Model):
+            raise InputError(f"the model function must return a Keras model, but it returned {type(model).__name__}.")
+        if not model.built:
+            model(tf.zeros((1, *self._example_shape)))
+        return model
+
+    def _build_template(self, seed: int) -> tuple[tf.keras.Model, list[tf.Variable]]:
+        """Builds the model with real variables and the order in which it creates them."""
+        created: list[tf.Variable] = []
+
+        def record(make: Callable[..., tf.Variable], **arguments: Any) -> tf.Variable:
+            variable = make(**arguments)
+            created.append(variable)
+            return variable
+
+        with _keras_seed(seed), tf.variable_creator_scope(record):
+            try:
+                model = self._build()
+                self._output_shape = tuple(model(tf.zeros((1, *self._example_shape))).shape)
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(
+                    f"the model could not be built for examples of shape {self._example_shape}: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+        for layer in _layers(model):
+            if isinstance(layer, tf.keras.layers.BatchNormalization):
+                raise InputError(
+                    f"the layer {layer.name} (BatchNormalization) mixes a client's examples and keeps statistics "
+                    "outside the weights: use GroupNormalization or LayerNormalization instead."
+                )
+        listed = {id(variable) for variable in model.weights}
+        return model, [variable for variable in created if id(variable) in listed]
+
+    def _check_output(self, template: tf.keras.Model, num_classes: int) -> None:
+        shape = self._output_shape
+        if len(shape) != 2:
+            raise InputError(
+                f"the model must map a batch of examples to logits of shape (batch, classes), but one example gives "
+                f"shape {shape}."
+            )
+        if shape[1] < num_classes:
+            raise InputError(
+                f"a label lies outside the model's classes: the data has {num_classes} classes and the model only "
+                f"{shape[1]} outputs; give the last layer {num_classes} units."
+            )
+        last = _layers(template)[-1]
+        activation = getattr(last, "activation", None)
+        if isinstance(last, tf.keras.layers.Softmax) or getattr(activation, "__name__", "") in (
+            "softmax",
+            "sigmoid",
+        ):
+            raise InputError(
+                f"the last layer {last.name} turns logits into probabilities, and dpfl trains on logits: remove its "
+                "activation."
+            )
+
+    def _forward_graph(self) -> tf.Graph:
+        """The graph of one training pass; refuses randomness that would not be a function of the seed."""
+
+        def forward() -> tf.Tensor:
+            weights = [tf.zeros(shape) for shape in self.shapes]
+            x = tf.zeros((1, *self._example_shape))
+            return self.losses_and_logits(weights, x, tf.zeros(1, tf.int32), training_seed=tf.zeros(2, tf.int32))[0]
+
+        graph = tf.function(forward, autograph=False).get_concrete_function().graph
+        for operation in graph.get_operations():
+            if "Random" in operation.type and not operation.type.startswith("Stateless"):
+                raise InputError(
+                    f"the model draws random numbers that do not follow the run's seed (operation {operation.type}): "
+                    "use Keras' own random layers, such as Dropout."
+                )
+        return graph
+
+    def _created_values(self, seed: int) -> list[np.ndarray]:
+        if self._given_weights is not None:
+            return self._given_weights
+        _, created = self._build_template(seed)
+        return [variable.numpy() for variable in created]
+
+    def _bind(self, weights: Sequence[tf.Tensor], seed: tf.Tensor | None) -> tf.keras.Model:
+        """Rebuilds the model with tensors in the place of variables."""
+        trainable, frozen = iter(weights), iter(self._frozen)
+        hand_out = iter([next(trainable) if trains else tf.constant(next(frozen)) for trains in self._is_trainable])
+        with tf.variable_creator_scope(lambda make, **arguments: next(hand_out)):
+            model = self._build()
+        if seed is not None:
+            for index, layer in enumerate(_layers(model)):
+                if hasattr(layer, "_random_generator"):
+                    layer._random_generator = _SeededGenerator(tf.random.experimental.stateless_fold_in(seed, index))
+        return model
+
+    def _digest(self, graph: tf.Graph) -> str:
+        """A digest of what the model computes, free of the names that Keras and TensorFlow count up."""
+
+        def in_order(nodes: Iterable[Any]) -> bytes:
+            digest = hashlib.sha256()
+            for node in nodes:
+                digest.update(node.op.encode())
+                for name in sorted(node.attr):
+                    if not name.startswith("_") and node.attr[name].WhichOneof("value") != "func":
+                        digest.update(name.encode() + node.attr[name].SerializeToString(deterministic=True))
+            return digest.digest()
+
+        definition = graph.as_graph_def()
+        whole = hashlib.sha256(in_order(definition.node))
+        for inner in sorted(in_order(function.node_def) for function in definition.library.function):
+            whole.update(inner)
+        for value in self._created_values(seed=0):
+            whole.update(value.tobytes())
+        return whole.hexdigest()[:12]
+
+
+class _SeededGenerator:
+    """What Keras' random layers ask for, drawn from a seed (the interface of `keras.backend.RandomGenerator`)."""
+
+    def __init__(self, seed: tf.Tensor) -> None:
+        self._seed = seed
+
+    def dropout(self, inputs: tf.Tensor, rate: float, noise_shape: Any = None) -> tf.Tensor:
+        return tf.nn.experimental.stateless_dropout(inputs, rate, seed=self._seed, noise_shape=noise_shape)
+
+    def random_normal(self, shape: Any, mean: float = 0.0, stddev: float = 1.0, dtype: Any = None) -> tf.Tensor:
+        return tf.random.stateless_normal(shape, self._seed, mean, stddev, dtype or tf.float32)
+
+    def random_uniform(
+        self, shape: Any, minval: float = 0.0, maxval: float | None = None, dtype: Any = None
+    ) -> tf.Tensor:
+        return tf.random.stateless_uniform(shape, self._seed, minval, maxval, dtype or tf.float32)
+
+    def truncated_normal(self, shape: Any, mean: float = 0.0, stddev: float = 1.0, dtype: Any = None) -> tf.Tensor:
+        return tf.random.stateless_truncated_normal(shape, self._seed, mean, stddev, dtype or tf.float32)
+
+
+@contextlib.contextmanager
+def _keras_seed(seed: int) -> Iterator[None]:
+    """Seeds Keras' initialisers, which draw their seeds from Python's `random`, and restores it after."""
+    state = random.getstate()
+    random.seed(int(generator(seed, Purpose.INITIAL_WEIGHTS).integers(2**31)))
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _layers(model: tf.keras.Model) -> list[tf.keras.layers.Layer]:
+    """All layers, those of nested models included, in a fixed order, without the models themselves."""
+    return [
+        layer
+        for layer in model._flatten_layers(include_self=False)
+        if not isinstance(layer, tf.keras.Model | tf.keras.layers.InputLayer)
+    ]
+
+
+def _only_products(model: tf.keras.Model) -> bool:
+    plain = (
+        tf.keras.layers.Dense,
+        tf.keras.layers.Flatten,
+        tf.keras.layers.Reshape,
+        tf.keras.layers.Activation,
+        tf.keras.layers.ReLU,
+        tf.keras.layers.Add,
+        tf.keras.layers.Concatenate,
+    )
+    return all(isinstance(layer, plain) for layer in _layers(model))

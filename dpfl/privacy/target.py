@@ -1,0 +1,55 @@
+"""The guarantee that a user asks for."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pydantic
+
+from dpfl.config import Config
+from dpfl.errors import InputError
+from dpfl.privacy.relations import Accountant, Relation
+
+
+class Privacy(Config):
+    """A privacy target: what the mechanism's noise is calibrated to.
+
+    Attributes:
+        unit: what one neighbour differs in. "user": all the data of one client.
+        epsilon: the bound on the privacy loss, positive; None trains without noise.
+        delta: the probability mass outside the bound; below 1 / clients, since a mechanism that
+            publishes one client at random already satisfies delta = 1 / clients.
+        relation: the neighbouring relation: "add_or_remove_one", "replace_one" or "replace_special".
+        accountant: "pld" (tight) or "rdp".
+        allow_weak_delta: accepts a delta of 1 / clients and more.
+    """
+
+    unit: Literal["user"] = "user"
+    epsilon: float | None
+    delta: float = 1e-5
+    relation: Relation = "add_or_remove_one"
+    accountant: Accountant = "pld"
+    allow_weak_delta: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Privacy:
+        if self.epsilon is not None and not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise InputError(f"epsilon must be a positive number, or none for no noise, but it was {self.epsilon:g}.")
+        if not 0 < self.delta < 1:
+            raise InputError(f"delta must lie between 0 and 1, both excluded, but it was {self.delta:g}.")
+        if self.relation == "replace_one" and self.accountant == "rdp":
+            raise InputError(
+                "the RDP accountant has no correct analysis of the relation replace_one; "
+                "use the PLD accountant, or the relation add_or_remove_one."
+            )
+        return self
+
+
+def check_weak_delta(delta: float, population: int, allowed: bool) -> None:
+    """Refuses a delta of 1 / population and more, unless it is allowed."""
+    if delta >= 1 / population and not allowed:
+        raise InputError(
+            f"delta {delta:g} is no privacy for {population} clients: choose a delta below 1 / clients = "
+            f"{1 / population:.2g}, or allow it knowingly (--allow-weak-delta, allow_weak_delta=True)."
+        )

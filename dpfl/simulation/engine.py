@@ -1,0 +1,301 @@
+"""The in-graph engine: rounds of federated averaging inside one `tf.function`.
+
+The cohort is a loop in the graph: local training -> update -> clip -> sum. Memory is that of a chunk
+of clients, never of the cohort. Everything that configurations of a study differ in (clip, noise,
+rates, steps, seeds) is a tensor, so they share one compiled graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorflow_privacy import DPQuery
+
+from dpfl.clients import LocalTraining
+from dpfl.clients.schedule import minibatches
+from dpfl.data import FederatedData
+from dpfl.mechanisms import Plan
+from dpfl.mechanisms.queries import global_norm
+from dpfl.models import FunctionalModel
+from dpfl.randomness import Purpose, stateless_seed
+from dpfl.simulation.server import ServerOptimizer
+
+# Side by side, a chunk of clients becomes batched matrix products: faster while the cost of an
+# operation is its dispatch, slower once the weights of a chunk no longer fit the cache.
+_VECTORIZED_PARAMETERS = 20_000
+_VECTORIZED_CLIENTS = 128
+_EVALUATION_BATCH = 1_000
+
+
+class State(NamedTuple):
+    """Everything that a round changes.
+
+    Attributes:
+        weights: the model's trainable weights; released after each round.
+        server: the server optimizer's moments.
+        query: the mechanism's state, with the seed and the round of its noise.
+        round: rounds done, int32.
+    """
+
+    weights: tuple[tf.Tensor, ...]
+    server: tuple[Any, ...]
+    query: Any
+    round: tf.Tensor
+
+
+class Settings(NamedTuple):
+    """What differs between configurations that share a compiled graph; all are scalars or seeds."""
+
+    steps: tf.Tensor
+    epochs: tf.Tensor
+    learning_rate: tf.Tensor
+    server: tuple[tf.Tensor, ...]
+    clip_norm: tf.Tensor
+    shuffling_seed: tf.Tensor
+    model_seed: tf.Tensor
+
+
+class Measurements(NamedTuple):
+    """What a simulation sees of a round and nobody may release: not covered by any guarantee.
+
+    Attributes:
+        update_norm: mean L2 norm of the updates before clipping.
+        clipped_fraction: fraction of the cohort whose update was clipped.
+        non_finite_updates: clients whose update was NaN or infinite, and counted as zero.
+    """
+
+    update_norm: tf.Tensor
+    clipped_fraction: tf.Tensor
+    non_finite_updates: tf.Tensor
+
+
+class Engine:
+    """Compiled rounds for one dataset, model, batch size, kind of server optimizer and mechanism.
+
+    Args:
+        data: the federated dataset; its arrays stay resident.
+        model: the model as a function of its weights.
+        batch_size: of the clients' minibatches.
+        server: the server's optimizer; only its kind is compiled in.
+        query: a query of the mechanism's kind; its numbers come with the state.
+    """
+
+    def __init__(
+        self,
+        data: FederatedData,
+        model: FunctionalModel,
+        batch_size: int,
+        server: ServerOptimizer,
+        query: DPQuery,
+    ) -> None:
+        self._model = model
+        self._batch_size = batch_size
+        self._server = server
+        self._query = query
+        self._x, self._y = tf.constant(data.x), tf.constant(data.y)
+        self._starts = tf.constant(data.offsets[:-1], tf.int32)
+        self._sizes = tf.constant(data.client_sizes, tf.int32)
+        self._held_out = {
+            "validation": (tf.constant(data.x_validation), tf.constant(data.y_validation)),
+            "test": (tf.constant(data.x_test), tf.constant(data.y_test)),
+        }
+        self._vectorizes = model.vectorizes and model.parameters <= _VECTORIZED_PARAMETERS
+        self._compiled_rounds = tf.function(self._rounds, autograph=False, reduce_retracing=True)
+        self._compiled_evaluation = tf.function(self._evaluate, autograph=False)
+
+    def initial_state(self, plan: Plan, server: ServerOptimizer, seed: int) -> State:
+        """The state before the first round."""
+        weights = tuple(tf.constant(weight) for weight in self._model.initial_weights(seed))
+        return State(
+            weights,
+            server.initial_state(list(weights)),
+            plan.query(seed).initial_global_state(),
+            tf.constant(0, tf.int32),
+        )
+
+    def settings(self, plan: Plan, local: LocalTraining, server: ServerOptimizer, seed: int) -> Settings:
+        """A configuration's numbers as tensors."""
+        return Settings(
+            steps=tf.constant(local.steps or 0, tf.int32),
+            epochs=tf.constant(local.epochs or 0, tf.int32),
+            learning_rate=tf.constant(local.learning_rate, tf.float32),
+            server=tuple(tf.constant(number, tf.float32) for number in server.numbers()),
+            clip_norm=tf.constant(plan.clip_norm, tf.float32),
+            shuffling_seed=tf.constant(stateless_seed(seed, Purpose.SHUFFLING)),
+            model_seed=tf.constant(stateless_seed(seed, Purpose.MODEL)),
+        )
+
+    def run_rounds(
+        self, state: State, cohorts: Sequence[np.ndarray], settings: Settings
+    ) -> tuple[State, dict[str, np.ndarray]]:
+        """Runs one round for each cohort.
+
+        Args:
+            state: before the first of these rounds.
+            cohorts: client indices of each round; an empty cohort releases noise alone.
+            settings: the configuration's numbers.
+
+        Returns:
+            The state after the last round, and the measurements, arrays of one value a round.
+        """
+        ends = np.cumsum([len(cohort) for cohort in cohorts], dtype=np.int32)
+        clients = np.concatenate(cohorts).astype(np.int32)
+        state, measured = self._compiled_rounds(state, tf.constant(clients), tf.constant(ends), settings)
+        return state, {name: values.numpy() for name, values in measured._asdict().items()}
+
+    def evaluate(self, state: State, split: str) -> tuple[float, float]:
+        """Accuracy (a fraction) and mean cross-entropy (nats) on "validation" or "test".
+
+        Both are NaN on an empty split. Neither is covered by the guarantee.
+        """
+        x, y = self._held_out[split]
+        if not len(y):
+            return float("nan"), float("nan")
+        accuracy, loss = self._compiled_evaluation(state.weights, x, y)
+        return float(accuracy), float(loss)
+
+    # From here on everything runs in graph.
+
+    def _rounds(
+        self, state: State, clients: tf.Tensor, ends: tf.Tensor, settings: Settings
+    ) -> tuple[State, Measurements]:
+        count = tf.shape(ends)[0]
+        starts = tf.concat([[0], ends[:-1]], axis=0)
+        arrays = Measurements(*(tf.TensorArray(tf.float32, size=count) for _ in Measurements._fields))
+
+        def body(index: tf.Tensor, state: State, arrays: Measurements) -> tuple[tf.Tensor, State, Measurements]:
+            state, measured = self._round(state, clients[starts[index] : ends[index]], settings)
+            written = (array.write(index, value) for array, value in zip(arrays, measured, strict=True))
+            return index + 1, state, Measurements(*written)
+
+        _, state, arrays = tf.while_loop(
+            lambda index, *_: index < count, body, (tf.constant(0), state, arrays), parallel_iterations=1
+        )
+        return state, Measurements(*(array.stack() for array in arrays))
+
+    def _round(self, state: State, cohort: tf.Tensor, settings: Settings) -> tuple[State, Measurements]:
+        size = tf.shape(cohort)[0]
+        params = self._query.derive_sample_params(state.query)
+        chunk_size = _VECTORIZED_CLIENTS if self._vectorizes else 1
+
+        def body(start: tf.Tensor, total: Any, measured: Measurements) -> tuple[tf.Tensor, Any, Measurements]:
+            chunk = cohort[start : start + chunk_size]
+            if self._vectorizes:
+                updates = self._train_chunk(state, chunk, settings)
+                norms = tf.vectorized_map(global_norm, updates)
+                records = tf.vectorized_map(lambda update: self._query.preprocess_record(params, update), updates)
+                record = tf.nest.map_structure(lambda part: tf.reduce_sum(part, axis=0), records)
+            else:
+                update = self._train_client(state, chunk[0], settings)
+                norms = global_norm(update)[None]
+                record = self._query.preprocess_record(params, update)
+            finite = tf.math.is_finite(norms)
+            measured = Measurements(
+                measured.update_norm + tf.reduce_sum(tf.where(finite, norms, 0.0)),
+                measured.clipped_fraction + tf.reduce_sum(tf.cast(finite & (norms > settings.clip_norm), tf.float32)),
+                measured.non_finite_updates + tf.reduce_sum(tf.cast(~finite, tf.float32)),
+            )
+            return start + chunk_size, self._query.accumulate_preprocessed_record(total, record), measured
+
+        nothing = self._query.initial_sample_state(list(state.weights))
+        zeros = Measurements(*(tf.constant(0.0) for _ in Measurements._fields))
+        _, total, measured = tf.while_loop(
+            lambda start, *_: start < size, body, (tf.constant(0), nothing, zeros), parallel_iterations=1
+        )
+        mean_update, query_state, _ = self._query.get_noised_result(total, state.query)
+        weights, server_state = self._server.apply(list(state.weights), mean_update, state.server, settings.server)
+        clients = tf.cast(tf.maximum(size, 1), tf.float32)
+        measured = measured._replace(
+            update_norm=measured.update_norm / clients, clipped_fraction=measured.clipped_fraction / clients
+        )
+        return State(tuple(weights), server_state, query_state, state.round + 1), measured
+
+    def _schedule(self, state: State, clients: tf.Tensor, settings: Settings) -> tuple[tf.Tensor, tf.Tensor]:
+        return minibatches(
+            tf.gather(self._starts, clients),
+            tf.gather(self._sizes, clients),
+            clients,
+            steps=settings.steps,
+            epochs=settings.epochs,
+            batch_size=self._batch_size,
+            seed=settings.shuffling_seed,
+            round_number=state.round,
+        )
+
+    def _train_chunk(self, state: State, clients: tf.Tensor, settings: Settings) -> list[tf.Tensor]:
+        """Updates (after minus before) of some clients trained side by side, each (clients, *shape)."""
+        rows, mask = self._schedule(state, clients, settings)
+        before = [tf.repeat(weight[None], tf.shape(clients)[0], axis=0) for weight in state.weights]
+
+        def body(step: tf.Tensor, weights: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+            x, y = tf.gather(self._x, rows[:, step]), tf.gather(self._y, rows[:, step])
+            with tf.GradientTape() as tape:
+                tape.watch(weights)
+                losses = tf.vectorized_map(
+                    lambda one: self._mean_loss(one[0], one[1], one[2], one[3], tf.zeros(2, tf.int32)),
+                    (weights, x, y, mask[:, step]),
+                )
+            return step + 1, self._descend(weights, tape.gradient(losses, weights), settings)
+
+        return self._local_steps(rows, body, before)
+
+    def _train_client(self, state: State, client: tf.Tensor, settings: Settings) -> list[tf.Tensor]:
+        """Update (after minus before) of one client."""
+        rows, mask = self._schedule(state, client[None], settings)
+        seed = tf.random.experimental.stateless_fold_in(
+            tf.random.experimental.stateless_fold_in(settings.model_seed, state.round), client
+        )
+
+        def body(step: tf.Tensor, weights: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+            x, y = tf.gather(self._x, rows[0, step]), tf.gather(self._y, rows[0, step])
+            with tf.GradientTape() as tape:
+                tape.watch(weights)
+                step_seed = tf.random.experimental.stateless_fold_in(seed, step)
+                loss = self._mean_loss(weights, x, y, mask[0, step], step_seed)
+            return step + 1, self._descend(weights, tape.gradient(loss, weights), settings)
+
+        return self._local_steps(rows, body, list(state.weights))
+
+    @staticmethod
+    def _local_steps(rows: tf.Tensor, body: Any, before: list[tf.Tensor]) -> list[tf.Tensor]:
+        steps = tf.shape(rows)[1]
+        _, after = tf.while_loop(lambda step, _: step < steps, body, (tf.constant(0), before), parallel_iterations=1)
+        return [new - old for new, old in zip(after, before, strict=True)]
+
+    @staticmethod
+    def _descend(weights: list[tf.Tensor], gradients: list[Any], settings: Settings) -> list[tf.Tensor]:
+        # A weight that the loss does not reach has no gradient; Embedding layers give sparse ones.
+        return [
+            weight if gradient is None else weight - settings.learning_rate * tf.convert_to_tensor(gradient)
+            for weight, gradient in zip(weights, gradients, strict=True)
+        ]
+
+    def _mean_loss(
+        self, weights: Sequence[tf.Tensor], x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor, seed: tf.Tensor
+    ) -> tf.Tensor:
+        """Mean loss over a minibatch's counted examples, with penalties; zero for an empty minibatch."""
+        losses, _, penalty = self._model.losses_and_logits(weights, x, y, training_seed=seed)
+        count = tf.reduce_sum(mask)
+        return tf.reduce_sum(losses * mask) / tf.maximum(count, 1.0) + penalty * tf.minimum(count, 1.0)
+
+    def _evaluate(self, weights: tuple[tf.Tensor, ...], x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        examples = tf.shape(y)[0]
+
+        def body(start: tf.Tensor, correct: tf.Tensor, loss: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            x_batch, y_batch = (part[start : start + _EVALUATION_BATCH] for part in (x, y))
+            losses, logits, _ = self._model.losses_and_logits(weights, x_batch, y_batch)
+            hits = tf.argmax(logits, axis=1, output_type=tf.int32) == y_batch
+            hits = hits & tf.math.is_finite(losses)
+            return (
+                start + _EVALUATION_BATCH,
+                correct + tf.reduce_sum(tf.cast(hits, tf.float32)),
+                loss + tf.reduce_sum(losses),
+            )
+
+        _, correct, loss = tf.while_loop(
+            lambda start, *_: start < examples, body, (tf.constant(0), tf.constant(0.0), tf.constant(0.0))
+        )
+        return correct / tf.cast(examples, tf.float32), loss / tf.cast(examples, tf.float32)

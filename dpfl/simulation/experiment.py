@@ -1,0 +1,106 @@
+"""An experiment: dataset, model, client training, mechanism, privacy target, sampler and rounds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+
+import dpfl.data
+from dpfl.clients import LocalTraining
+from dpfl.config import Config
+from dpfl.data import FederatedData
+from dpfl.mechanisms import Gaussian, Mechanism, Plan
+from dpfl.privacy import Privacy
+from dpfl.sampling import Poisson
+from dpfl.simulation.server import ServerOptimizer
+
+if TYPE_CHECKING:
+    from dpfl.simulation.result import Result
+
+
+class Experiment(Config):
+    """One training run but for its seed, validated when it is made.
+
+    Attributes:
+        data: a `FederatedData`, or the name of a dataset that `dpfl.data.load` knows ("digits").
+        model: "softmax", "mlp" or "cnn", a function that returns a new Keras model, or a Keras
+            model, which maps examples to logits.
+        local: what a client does in a round.
+        mechanism: how updates are clipped, noised and summed.
+        privacy: the guarantee asked for; the mechanism's noise is calibrated to it.
+        sampler: which clients take part in a round.
+        rounds: the number of rounds.
+        server: what the server does with the mean update.
+        evaluate_every: rounds between evaluations; the last round is always evaluated.
+
+    Raises:
+        InputError: a setting is wrong, or settings contradict each other.
+    """
+
+    data: FederatedData
+    model: Any = "softmax"
+    local: LocalTraining = LocalTraining(epochs=1)
+    mechanism: Mechanism = pydantic.Field(default=Gaussian(clip_norm=1.0), discriminator="name")
+    privacy: Privacy
+    sampler: Poisson
+    rounds: int = pydantic.Field(gt=0)
+    server: ServerOptimizer = ServerOptimizer()
+    evaluate_every: int = pydantic.Field(default=10, gt=0)
+
+    @pydantic.field_validator("data", mode="before")
+    @classmethod
+    def _load_named(cls, data: Any) -> Any:
+        return dpfl.data.load(data) if isinstance(data, str) else data
+
+    def plan(self) -> Plan:
+        """Calibrates the mechanism: the plan from which sampler, clip, noise and guarantee come.
+
+        Raises:
+            InputError: the privacy target cannot be met.
+        """
+        return self.mechanism.plan(self.privacy, self.sampler, self.data.num_clients, self.rounds)
+
+    def run(self, seed: int = 0, *, progress: bool = True) -> Result:
+        """Trains one model.
+
+        Args:
+            seed: of initial weights, cohorts, minibatches and noise; the same seed gives the same result.
+            progress: whether to show a progress bar.
+
+        Raises:
+            InputError: the privacy target cannot be met, or the model does not fit the data.
+        """
+        from dpfl.progress import rounds_bar
+        from dpfl.simulation.run import run
+
+        with rounds_bar(self.rounds, shown=progress) as advance:
+            return run(self, self.plan(), seed, advance)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as plain values; the data by name and fingerprint, the model by its key."""
+        groups = ("local", "mechanism", "privacy", "sampler", "server")
+        return {
+            "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
+            "model": self.model_key(),
+            **{name: getattr(self, name).model_dump() for name in groups},
+            "rounds": self.rounds,
+            "evaluate_every": self.evaluate_every,
+        }
+
+    def model_key(self) -> str:
+        """A text that two models share only if they compute the same (needs TensorFlow for Keras models)."""
+        if isinstance(self.model, str):
+            return self.model
+        from dpfl.models import FunctionalModel
+
+        return FunctionalModel(self.model, self.data.example_shape, self.data.num_classes).key
+
+    def run_id(self, seed: int) -> str:
+        """Identifies a run by everything that its result depends on."""
+        import dpfl
+
+        identity = {"settings": self.settings(), "seed": seed, "version": dpfl.__version__}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

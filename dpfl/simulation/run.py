@@ -1,0 +1,132 @@
+"""One run: plan -> rounds -> record."""
+
+from __future__ import annotations
+
+import collections
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import dpfl
+from dpfl.mechanisms import Plan
+from dpfl.models import FunctionalModel
+from dpfl.simulation.engine import Engine, Measurements, State
+from dpfl.simulation.experiment import Experiment
+from dpfl.simulation.result import Result
+
+# Engines hold their data and compiled graphs: a few are kept for the runs that come next.
+_ENGINES: collections.OrderedDict[tuple[Any, ...], tuple[FunctionalModel, Engine]] = collections.OrderedDict()
+_KEPT_ENGINES = 4
+
+
+def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], None] = lambda rounds: None) -> Result:
+    """Trains and evaluates one model.
+
+    A run whose weights or loss stop being finite ends there with the status "diverged".
+
+    Args:
+        experiment: what to run.
+        plan: the experiment's plan.
+        seed: of everything random.
+        advance: called with a number of rounds whenever so many more are done.
+
+    Raises:
+        InputError: the model does not fit the data.
+    """
+    started = time.perf_counter()
+    model, engine = _engine(experiment, plan)
+    state = engine.initial_state(plan, experiment.server, seed)
+    settings = engine.settings(plan, experiment.local, experiment.server, seed)
+
+    history: list[dict[str, Any]] = []
+    evaluation: dict[str, float] = {}
+    status = "finished"
+    for first in range(0, experiment.rounds, experiment.evaluate_every):
+        numbers = range(first, min(first + experiment.evaluate_every, experiment.rounds))
+        cohorts = [plan.sampler.clients(seed, number, plan.population) for number in numbers]
+        state, measured = engine.run_rounds(state, cohorts, settings)
+        evaluation = _evaluate(engine, state)
+        for index, number in enumerate(numbers):
+            values = {name: float(measured[name][index]) for name in Measurements._fields}
+            history.append({"round": number + 1, "cohort": len(cohorts[index]), **values})
+        history[-1].update(evaluation)
+        advance(len(numbers))
+        if not math.isfinite(evaluation["loss"]):
+            status = "diverged"
+            break
+
+    record = {
+        "run_id": experiment.run_id(seed),
+        "status": status,
+        **_settings_columns(experiment),
+        "model": model.key,
+        "parameters": model.parameters,
+        "epsilon_spent": plan.guarantee.epsilon if plan.is_private else None,
+        "noise_multiplier": plan.noise_multiplier,
+        "sampling_rate": plan.sampling_rate,
+        "seed": seed,
+        "rounds_done": len(history),
+        **evaluation,
+        "seconds": time.perf_counter() - started,
+        "dpfl_version": dpfl.__version__,
+    }
+    weights = [weight.numpy() for weight in state.weights]
+    return Result(record, history, plan.guarantee, weights, model)
+
+
+def _engine(experiment: Experiment, plan: Plan) -> tuple[FunctionalModel, Engine]:
+    data = experiment.data
+    key = (
+        data.fingerprint,
+        experiment.model,
+        experiment.local.batch_size,
+        experiment.server.name,
+        experiment.mechanism.name,
+    )
+    if key not in _ENGINES:
+        model = FunctionalModel(experiment.model, data.example_shape, data.num_classes)
+        query = plan.query(seed=0)
+        _ENGINES[key] = model, Engine(data, model, experiment.local.batch_size, experiment.server, query)
+        if len(_ENGINES) > _KEPT_ENGINES:
+            _ENGINES.popitem(last=False)
+    _ENGINES.move_to_end(key)
+    return _ENGINES[key]
+
+
+def _evaluate(engine: Engine, state: State) -> dict[str, float]:
+    accuracy, loss = engine.evaluate(state, "test")
+    validation_accuracy, validation_loss = engine.evaluate(state, "validation")
+    return {
+        "accuracy": accuracy,
+        "loss": loss,
+        "validation_accuracy": validation_accuracy,
+        "validation_loss": validation_loss,
+    }
+
+
+def _settings_columns(experiment: Experiment) -> dict[str, Any]:
+    """The settings as columns of `runs.csv`, in the field's words."""
+    privacy, local, server = experiment.privacy, experiment.local, experiment.server
+    return {
+        "dataset": experiment.data.name,
+        "data_fingerprint": experiment.data.fingerprint,
+        "clients": experiment.data.num_clients,
+        "examples": experiment.data.num_examples,
+        "mechanism": experiment.mechanism.name,
+        "unit": privacy.unit,
+        "relation": privacy.relation,
+        "sampler": type(experiment.sampler).__name__,
+        "accountant": privacy.accountant,
+        "epsilon": privacy.epsilon,
+        "delta": None if privacy.epsilon is None else privacy.delta,
+        "clip_norm": getattr(experiment.mechanism, "clip_norm", None),
+        "rounds": experiment.rounds,
+        "local_steps": local.steps,
+        "local_epochs": local.epochs,
+        "batch_size": local.batch_size,
+        "learning_rate": local.learning_rate,
+        "server_optimizer": server.name,
+        "server_learning_rate": server.learning_rate,
+        "cohort": experiment.sampler.cohort,
+    }

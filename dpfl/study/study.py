@@ -1,0 +1,151 @@
+"""A study: a grid of experiments, each run with the same seeds."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+from dpfl.errors import InputError
+from dpfl.progress import rounds_bar
+from dpfl.simulation.experiment import Experiment
+from dpfl.study.store import Store
+from dpfl.study.workers import Planned, Task, run_tasks
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Axes = Mapping[Any, Sequence[Any]]
+
+
+def grid(base: Experiment, axes: Axes) -> list[Experiment]:
+    """Returns the experiments of a grid, the last axis varying fastest.
+
+    Args:
+        base: what the experiments share.
+        axes: values by setting; a dot reaches into a group ("privacy.epsilon"), and a tuple of
+            settings takes tuples of values, which change together.
+
+    Raises:
+        InputError: a setting does not exist or a value is wrong.
+    """
+    names = [name if isinstance(name, tuple) else (name,) for name in axes]
+    values = [[value if isinstance(name, tuple) else (value,) for value in axis] for name, axis in axes.items()]
+    experiments = []
+    for point in itertools.product(*values):
+        settings = {
+            name: value
+            for group, together in zip(names, point, strict=True)
+            for name, value in zip(group, together, strict=True)
+        }
+        experiments.append(base.replace(**settings))
+    return experiments
+
+
+class Study:
+    """Experiments x seeds, whose ended runs are kept in a folder and never done again.
+
+    Args:
+        experiments: one experiment or several.
+        axes: a grid over each of them, as `grid` takes it.
+        seeds: a number of seeds (0, 1, ...) or the seeds themselves. All experiments use the same
+            ones, so that configurations can be compared pair by pair.
+
+    Attributes:
+        experiments: all experiments of the study, those that are the same only once.
+        seeds: the seeds.
+    """
+
+    def __init__(
+        self,
+        experiments: Experiment | Sequence[Experiment],
+        axes: Axes | None = None,
+        seeds: int | Sequence[int] = 3,
+    ) -> None:
+        bases = [experiments] if isinstance(experiments, Experiment) else list(experiments)
+        self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+        if not self.seeds or min(self.seeds) < 0:
+            raise InputError(f"a study needs at least one seed, and none below 0, but they were {seeds!r}.")
+        everything = [experiment for base in bases for experiment in grid(base, axes or {})]
+        by_id = {experiment.run_id(self.seeds[0]): experiment for experiment in everything}
+        self.experiments = list(by_id.values())
+        self._store: Store | None = None
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The identities of all runs, seeds varying fastest."""
+        return [experiment.run_id(seed) for experiment in self.experiments for seed in self.seeds]
+
+    def run(self, folder: str | Path, *, workers: int | None = None, progress: bool = True) -> Study:
+        """Does the runs that the folder does not hold yet, then collects the tables.
+
+        Args:
+            folder: of the store: `records/`, `runs.csv` and `history.csv`.
+            workers: number of processes; None takes one for each core.
+            progress: whether to show a progress bar.
+
+        Returns:
+            The study itself, for `frame` and `history`.
+
+        Raises:
+            InputError: a privacy target cannot be met (nothing is run then), or another process is
+                running a study in this folder.
+        """
+        store = Store(Path(folder))
+        try:
+            with store.lock():
+                self._run(store, workers or os.cpu_count() or 1, progress)
+        except filelock.Timeout:
+            raise InputError(
+                f"another process is running a study in {folder}: wait for it, or choose another folder."
+            ) from None
+        self._store = store
+        return self
+
+    def pending(self, folder: str | Path) -> int:
+        """The number of runs that the folder does not hold yet."""
+        return len(self._missing(Store(Path(folder))))
+
+    def frame(self) -> pd.DataFrame:
+        """The records, one row a run."""
+        return self._stored().frame(self.run_ids)
+
+    def history(self) -> pd.DataFrame:
+        """One row for every round of every run."""
+        return self._stored().history(self.run_ids)
+
+    def _stored(self) -> Store:
+        if self._store is None:
+            raise InputError("the study has no results yet: call run(folder) first.")
+        return self._store
+
+    def _missing(self, store: Store) -> list[Task]:
+        return [
+            Task(index, seed)
+            for index, experiment in enumerate(self.experiments)
+            for seed in self.seeds
+            if not store.has(experiment.run_id(seed))
+        ]
+
+    def _run(self, store: Store, workers: int, progress: bool) -> None:
+        tasks = self._missing(store)
+        if tasks:
+            planned = {
+                index: Planned(self.experiments[index], self.experiments[index].plan())
+                for index in sorted({task.experiment for task in tasks})
+            }
+            rounds = sum(self.experiments[task.experiment].rounds for task in tasks)
+            done = f"{{task.completed:g}} of {{task.total:g}} rounds in {len(tasks)} runs"
+            with rounds_bar(rounds, shown=progress, done=done) as advance:
+                run_tasks(
+                    planned,
+                    tasks,
+                    store.folder,
+                    workers,
+                    lambda task: advance(self.experiments[task.experiment].rounds),
+                )
+        store.collect(self.run_ids)

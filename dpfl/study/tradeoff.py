@@ -1,0 +1,81 @@
+"""The privacy-accuracy trade-off over epsilon, clip norm and round frequency, as one study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dpfl.clients import LocalTraining
+from dpfl.data import FederatedData
+from dpfl.errors import InputError
+from dpfl.mechanisms import Gaussian, NoMechanism
+from dpfl.privacy import Privacy
+from dpfl.sampling import Poisson
+from dpfl.simulation import Experiment, ServerOptimizer
+from dpfl.study.study import Study, grid
+
+
+def tradeoff(
+    data: FederatedData,
+    *,
+    model: Any = "softmax",
+    epsilons: Sequence[float | None],
+    clip_norms: Sequence[float],
+    rounds: Sequence[int],
+    local_work: int,
+    privacy: Privacy,
+    cohort: int,
+    batch_size: int,
+    learning_rate: float,
+    server: ServerOptimizer,
+    seeds: int,
+) -> Study:
+    """Returns the study of epsilon x clip norm x number of rounds, with plain averaging beside it.
+
+    The local work of a client is held fixed: with more rounds it takes fewer local steps in each.
+    Plain federated averaging (no clip, no noise) runs at every number of rounds where "none" is
+    among the epsilons: it is the ceiling.
+
+    Args:
+        data: the federated dataset.
+        model: as `Experiment` takes it.
+        epsilons: targets; None clips without noise.
+        clip_norms: largest L2 norms of an update.
+        rounds: numbers of rounds.
+        local_work: local steps of a client over all rounds, if it took part in each.
+        privacy: what the epsilons share: delta, relation, accountant.
+        cohort: expected number of clients in a round.
+        batch_size: examples in a client's minibatch.
+        learning_rate: of the clients' SGD.
+        server: the server's optimizer.
+        seeds: number of seeds.
+
+    Raises:
+        InputError: a value is wrong, or the local work cannot be split evenly into the rounds.
+    """
+    for count in rounds:
+        if count < 1 or local_work % count:
+            raise InputError(
+                f"{local_work} local steps cannot be split evenly into {count} rounds: choose numbers of rounds "
+                "that divide the local work."
+            )
+    for name, values in (("epsilon", epsilons), ("clip norm", clip_norms), ("number of rounds", rounds)):
+        if not values:
+            raise InputError(f"the grid needs at least one {name}.")
+    frequencies = [(count, local_work // count) for count in rounds]
+    base = Experiment(
+        data=data,
+        model=model,
+        local=LocalTraining(learning_rate=learning_rate, batch_size=batch_size, steps=frequencies[0][1]),
+        mechanism=Gaussian(clip_norm=clip_norms[0]),
+        privacy=privacy,
+        sampler=Poisson(cohort=cohort),
+        rounds=frequencies[0][0],
+        server=server,
+    )
+    frequency = {("rounds", "local.steps"): frequencies}
+    experiments = grid(base, {"privacy.epsilon": epsilons, "mechanism.clip_norm": clip_norms, **frequency})
+    if None in epsilons:
+        plain = base.replace(mechanism=NoMechanism(), **{"privacy.epsilon": None})
+        experiments += grid(plain, frequency)
+    return Study(experiments, seeds=seeds)
