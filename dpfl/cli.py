@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -149,7 +150,7 @@ def tradeoff(
     ] = "sgd",
     server_learning_rate: Annotated[float, typer.Option(help="Learning rate of the server's optimizer.")] = 1.0,
     seeds: Annotated[int, typer.Option(help="Number of seeds; every configuration uses the same ones.")] = 3,
-    workers: Annotated[int | None, typer.Option(help="Worker processes. [one for each core]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. [one for each core]")] = None,
     out: Annotated[Path, typer.Option(help="Folder for tables and figures; finished runs in it are kept.")] = Path(
         "runs/tradeoff"
     ),
@@ -286,10 +287,11 @@ def _print_best(frame: pd.DataFrame) -> None:
 
     first = frame.iloc[0]
     table = Table(
+        box=box.SIMPLE_HEAD,
         title=f"{first['dataset']}: best of the grid by validation accuracy, reported on the test split",
-        caption="interval: 95 % Student t over seeds; the choice of the best is not charged to epsilon",
+        caption="±: 95 % Student t over seeds; the choice of the best is not charged to epsilon",
     )
-    for heading in ("epsilon", "noise multiplier", "clip norm", "rounds", "test accuracy", "95 % interval"):
+    for heading in ("epsilon", "noise multiplier", "clip norm", "rounds", "test accuracy"):
         table.add_column(heading, justify="right")
     for row in charts.best_settings(frame).to_dict("records"):
         no_noise = "plain averaging" if row["mechanism"] == "none" else "no noise"
@@ -298,8 +300,7 @@ def _print_best(frame: pd.DataFrame) -> None:
             f"{row['noise_multiplier']:g}" if row["noise_multiplier"] else "-",
             "-" if pd.isna(row["clip_norm"]) else f"{row['clip_norm']:g}",
             f"{row['rounds']}",
-            f"{row['mean']:.1%}",
-            "-" if pd.isna(row["low"]) else f"{row['low']:.1%} to {row['high']:.1%}",
+            f"{row['mean']:.1%}" + ("" if pd.isna(row["high"]) else f" ± {row['high'] - row['mean']:.1%}"),
         )
     Console().print(table)
     diverged = int((frame["status"] == "diverged").sum())

@@ -10,27 +10,26 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 @contextlib.contextmanager
-def rounds_bar(
-    rounds: int, *, shown: bool = True, done: str = "{task.completed:g} of {task.total:g} rounds"
-) -> Iterator[Callable[[int], None]]:
+def progress_bar(task: str, total: int, unit: str, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Shows a progress bar with the time left on standard error while the block runs.
 
     Args:
-        rounds: how many rounds make the whole.
+        task: what is going on, such as "training".
+        total: how many units make the whole.
+        unit: what is counted, such as "rounds".
         shown: False keeps quiet.
-        done: what stands behind the bar.
 
     Yields:
-        A function that takes the number of rounds done since its last call.
+        A function that takes the number of units done since its last call.
     """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn(done),
+        TextColumn(f"{{task.completed:g}} of {{task.total:g}} {unit}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("training", total=rounds)
-        yield lambda more: bar.update(task, advance=more)
+        identity = bar.add_task(task, total=total)
+        yield lambda more: bar.update(identity, advance=more)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict, Unpack
 
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from dpfl.data import partitions
 from dpfl.data.federated_data import FederatedData
+from dpfl.data.randomness import generator
 from dpfl.errors import InputError
 
 Split = Literal["examples", "clients"]
@@ -152,7 +152,7 @@ def assemble(
 
     if clients is not None:
         partition = options["partition"] or "iid"
-        owner = partitions.parse(partition)(labels[train], clients, generator(seed, "partition"))
+        owner = partitions.parse(partition)(labels[train], clients, seed)
         names = tuple(map(str, range(clients)))
         assumptions += (f"Clients are simulated by the partition {partition!r}: held-out examples belong to none.",)
     else:
@@ -221,7 +221,7 @@ def encode_labels(labels: npt.ArrayLike, num_classes: int | None = None) -> tupl
     """
     labels = np.asarray(labels)
     if labels.dtype.kind in "iu":
-        count = num_classes if num_classes is not None else int(labels.max(initial=-1)) + 1
+        count = num_classes if num_classes is not None else int(labels.max()) + 1
         return labels, tuple(map(str, range(count)))
     return distinct_labels(labels, "the labels", num_classes)
 
@@ -240,17 +240,6 @@ def distinct_labels(
     return codes, tuple(map(str, distinct))
 
 
-def generator(seed: int, purpose: str) -> np.random.Generator:
-    """Returns the generator of (seed, purpose), so that different purposes never share their draws.
-
-    Raises:
-        InputError: The seed is negative.
-    """
-    if seed < 0:
-        raise InputError(f"the seed is {seed}, but an integer of at least 0 is needed.")
-    return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
-
-
 def _pair(x: npt.ArrayLike, y: npt.ArrayLike, name: str) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x), np.asarray(y)
     if y.ndim == 2 and y.shape[1] == 1:
@@ -260,7 +249,7 @@ def _pair(x: npt.ArrayLike, y: npt.ArrayLike, name: str) -> tuple[np.ndarray, np
             f"{name} has features of shape {x.shape} and labels of shape {y.shape}, but "
             "(examples, *feature shape) and (examples,) with at least one example are needed."
         )
-    return x, y
+    return x, y.astype(np.int64) if y.dtype.kind in "iu" else y
 
 
 def _check(client_ids: npt.ArrayLike | None, options: Options) -> None:

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
-from dpfl.data.arrays import from_arrays, generator
+from dpfl.data.arrays import from_arrays
 from dpfl.data.federated_data import FederatedData
+from dpfl.data.randomness import generator
 from dpfl.errors import InputError
 
 _DIGITS_TEST, _DIGITS_VALIDATION = 300, 147

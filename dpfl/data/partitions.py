@@ -12,9 +12,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from dpfl.data.randomness import Seed, generator
 from dpfl.errors import InputError
 
-Seed = int | np.random.Generator
 Partition = Callable[[npt.ArrayLike, int, Seed], np.ndarray]
 """A function (labels, clients, seed) -> int64 (examples,) of client indices."""
 
@@ -38,16 +38,17 @@ def iid(labels: npt.ArrayLike, clients: int, seed: Seed) -> np.ndarray:
         InputError: There are more clients than examples, or none.
     """
     examples = len(_checked(labels, clients))
-    return np.random.default_rng(seed).permutation(np.arange(examples, dtype=np.int64) % clients)
+    return generator(seed, "partition").permutation(np.arange(examples, dtype=np.int64) % clients)
 
 
 def dirichlet(labels: npt.ArrayLike, clients: int, alpha: float, seed: Seed) -> np.ndarray:
     """Label skew of Hsu et al. 2019 (arXiv 1909.06335): class mixtures from a Dirichlet distribution.
 
     Each client draws its class mixture q ~ Dirichlet(alpha p), p the class frequencies of the data, and then
-    its examples without replacement by q, restricted to the classes that have examples left (all remaining
-    examples alike once q has no mass on any of these). Small alpha: nearly one class per client; large alpha:
-    IID.
+    its examples without replacement by q, renormalised to the classes that have examples left. (Renormalised
+    parts of a Dirichlet draw are Dirichlet again and independent of the rest: where q has no mass on these
+    classes, being too small for a float, a new draw over them stands in exactly.) Small alpha: nearly one
+    class per client; large alpha: IID.
 
     As in that paper all clients get the same number of examples, up to one. That is also why no client is
     empty. Yurochkin et al. 2019 (1905.12022) share out each class instead, which leaves clients empty and is
@@ -68,7 +69,7 @@ def dirichlet(labels: npt.ArrayLike, clients: int, alpha: float, seed: Seed) -> 
     labels = _checked(labels, clients)
     if not (alpha > 0 and math.isfinite(alpha)):
         raise InputError(f"the dirichlet alpha is {alpha}, but a number above 0 is needed, such as 0.3.")
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "partition")
     _, class_of, left = np.unique(labels, return_inverse=True, return_counts=True)
     shuffled = rng.permutation(len(labels))
     by_class = shuffled[np.argsort(class_of[shuffled], kind="stable")]
@@ -80,9 +81,10 @@ def dirichlet(labels: npt.ArrayLike, clients: int, alpha: float, seed: Seed) -> 
     for client, mixture in enumerate(mixtures):
         wanted = (len(labels) + client) // clients  # the sizes add up to the number of examples
         while wanted:
-            weights = np.where(left > 0, mixture, 0.0)
+            available = left > 0
+            weights = np.where(available, mixture, 0.0)
             if not weights.sum():
-                weights = left.astype(float)
+                weights[available] = rng.dirichlet(concentration[available])
             counts = np.minimum(rng.multinomial(wanted, weights / weights.sum()), left)
             for label in np.flatnonzero(counts):
                 owner[by_class[taken[label] : taken[label] + counts[label]]] = client
@@ -119,7 +121,7 @@ def shards(labels: npt.ArrayLike, clients: int, shards_per_client: int, seed: Se
             f"{clients * shards_per_client} examples, but there are {len(labels)}: "
             "ask for fewer clients or shards."
         )
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "partition")
     shuffled = rng.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     owner_of_shard = rng.permutation(np.repeat(np.arange(clients, dtype=np.int64), shards_per_client))

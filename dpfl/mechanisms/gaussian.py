@@ -48,6 +48,12 @@ class Gaussian(Config):
             )
         return self
 
+    def check(self, target: Privacy, sampler: Poisson, population: int) -> None:
+        """Refuses settings that no noise can reconcile: a weak delta, a cohort beyond the population."""
+        sampler.rate(population)
+        if target.epsilon is not None:
+            check_weak_delta(target.delta, population, target.allow_weak_delta)
+
     def plan(self, target: Privacy, sampler: Poisson, population: int, rounds: int) -> Plan:
         """Calibrates the noise for a target.
 
@@ -60,12 +66,12 @@ class Gaussian(Config):
         Raises:
             InputError: the target cannot be met.
         """
+        self.check(target, sampler, population)
         rate = sampler.rate(population)
         if target.epsilon is None:
             multiplier = 0.0
             assumptions: tuple[str, ...] = ()
         else:
-            check_weak_delta(target.delta, population, target.allow_weak_delta)
             multiplier = noise_multiplier(
                 target.epsilon,
                 target.delta,

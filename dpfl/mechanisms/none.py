@@ -17,18 +17,22 @@ class NoMechanism(Config):
 
     name: Literal["none"] = "none"
 
-    def plan(self, target: Privacy, sampler: Poisson, population: int, rounds: int) -> Plan:
-        """Returns the plan of a run without any guarantee.
-
-        Raises:
-            InputError: the target asks for an epsilon.
-        """
+    def check(self, target: Privacy, sampler: Poisson, population: int) -> None:
+        """Refuses an epsilon, which this mechanism cannot keep, and a cohort beyond the population."""
+        sampler.rate(population)
         if target.epsilon is not None:
             raise InputError(
                 f"the mechanism none cannot keep epsilon {target.epsilon:g}: choose the mechanism gaussian, "
                 "or epsilon none."
             )
-        sampler.rate(population)
+
+    def plan(self, target: Privacy, sampler: Poisson, population: int, rounds: int) -> Plan:
+        """Returns the plan of a run without any guarantee.
+
+        Raises:
+            InputError: the target asks for an epsilon, or the cohort exceeds the population.
+        """
+        self.check(target, sampler, population)
         guarantee = Guarantee(
             unit=target.unit,
             relation=target.relation,

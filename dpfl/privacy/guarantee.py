@@ -43,7 +43,7 @@ class Guarantee:
         steps = "step" if self.unit == "example" else "round"
         how = f"{self.mechanism} in each of {self.steps} {steps}{'s' if self.steps != 1 else ''}, {self.sampler}"
         if math.isinf(self.epsilon):
-            return " ".join((f"No differential privacy: {how}.", *self.assumptions))
+            return " ".join((f"No differential privacy is guaranteed: {how}.", *self.assumptions))
         return " ".join(
             (
                 f"({rounded_up(self.epsilon, 4):g}, {self.delta:g})-differential privacy at {self.unit} level: "

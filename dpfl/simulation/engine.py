@@ -7,7 +7,7 @@ rates, steps, seeds) is a tensor, so they share one compiled graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from dpfl.clients.schedule import minibatches
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Plan
 from dpfl.mechanisms.queries import global_norm
-from dpfl.models import FunctionalModel
+from dpfl.models.functional import FunctionalModel
 from dpfl.randomness import Purpose, stateless_seed
 from dpfl.simulation.server import ServerOptimizer
 
@@ -103,8 +103,8 @@ class Engine:
             "test": (tf.constant(data.x_test), tf.constant(data.y_test)),
         }
         self._vectorizes = model.vectorizes and model.parameters <= _VECTORIZED_PARAMETERS
-        self._compiled_rounds = tf.function(self._rounds, autograph=False, reduce_retracing=True)
-        self._compiled_evaluation = tf.function(self._evaluate, autograph=False)
+        self._compiled_rounds: Any = None
+        self._compiled_evaluation: Any = None
 
     def initial_state(self, plan: Plan, server: ServerOptimizer, seed: int) -> State:
         """The state before the first round."""
@@ -143,7 +143,10 @@ class Engine:
         """
         ends = np.cumsum([len(cohort) for cohort in cohorts], dtype=np.int32)
         clients = np.concatenate(cohorts).astype(np.int32)
-        state, measured = self._compiled_rounds(state, tf.constant(clients), tf.constant(ends), settings)
+        arguments = (state, tf.constant(clients), tf.constant(ends), settings)
+        if self._compiled_rounds is None:
+            self._compiled_rounds = _compile(self._rounds, *arguments)
+        state, measured = self._compiled_rounds(*arguments)
         return state, {name: values.numpy() for name, values in measured._asdict().items()}
 
     def evaluate(self, state: State, split: str) -> tuple[float, float]:
@@ -154,8 +157,10 @@ class Engine:
         x, y = self._held_out[split]
         if not len(y):
             return float("nan"), float("nan")
-        accuracy, loss = self._compiled_evaluation(state.weights, x, y)
-        return float(accuracy), float(loss)
+        if self._compiled_evaluation is None:
+            self._compiled_evaluation = _compile(self._evaluate, state.weights, x, y)
+        correct, loss = self._compiled_evaluation(state.weights, x, y)
+        return float(correct) / len(y), float(loss) / len(y)
 
     # From here on everything runs in graph.
 
@@ -282,6 +287,7 @@ class Engine:
         return tf.reduce_sum(losses * mask) / tf.maximum(count, 1.0) + penalty * tf.minimum(count, 1.0)
 
     def _evaluate(self, weights: tuple[tf.Tensor, ...], x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Number of examples classified correctly, and the sum of their losses."""
         examples = tf.shape(y)[0]
 
         def body(start: tf.Tensor, correct: tf.Tensor, loss: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -291,11 +297,21 @@ class Engine:
             hits = hits & tf.math.is_finite(losses)
             return (
                 start + _EVALUATION_BATCH,
-                correct + tf.reduce_sum(tf.cast(hits, tf.float32)),
-                loss + tf.reduce_sum(losses),
+                correct + tf.reduce_sum(tf.cast(hits, tf.int32)),
+                loss + tf.reduce_sum(tf.cast(losses, tf.float64)),
             )
 
-        _, correct, loss = tf.while_loop(
-            lambda start, *_: start < examples, body, (tf.constant(0), tf.constant(0.0), tf.constant(0.0))
-        )
-        return correct / tf.cast(examples, tf.float32), loss / tf.cast(examples, tf.float32)
+        nothing = (tf.constant(0), tf.constant(0), tf.constant(0.0, tf.float64))
+        _, correct, loss = tf.while_loop(lambda start, *_: start < examples, body, nothing)
+        return correct, loss
+
+
+def _compile(function: Callable[..., Any], fixed: Any, *arguments: Any) -> Any:
+    """Traces a function once, for any length of its second and its third argument."""
+
+    def opened(tensor: tf.Tensor) -> tf.TensorSpec:
+        return tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype)
+
+    return tf.function(function, autograph=False).get_concrete_function(
+        fixed, opened(arguments[0]), opened(arguments[1]), *arguments[2:]
+    )

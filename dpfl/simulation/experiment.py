@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from dpfl.clients import LocalTraining
 from dpfl.config import Config
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Gaussian, Mechanism, Plan
+from dpfl.models.named import check_named
 from dpfl.privacy import Privacy
 from dpfl.sampling import Poisson
 from dpfl.simulation.server import ServerOptimizer
@@ -27,7 +29,7 @@ class Experiment(Config):
     Attributes:
         data: a `FederatedData`, or the name of a dataset that `dpfl.data.load` knows ("digits").
         model: "softmax", "mlp" or "cnn", a function that returns a new Keras model, or a Keras
-            model, which maps examples to logits.
+            model, whose weights at this moment are the initial ones. It maps examples to logits.
         local: what a client does in a round.
         mechanism: how updates are clipped, noised and summed.
         privacy: the guarantee asked for; the mechanism's noise is calibrated to it.
@@ -55,13 +57,36 @@ class Experiment(Config):
     def _load_named(cls, data: Any) -> Any:
         return dpfl.data.load(data) if isinstance(data, str) else data
 
+    @pydantic.field_validator("model")
+    @classmethod
+    def _fit_to_data(cls, model: Any, info: pydantic.ValidationInfo) -> Any:
+        """Names stay names, so that TensorFlow is not needed yet; other models are taken as they are now."""
+        data = info.data.get("data")
+        if data is None:
+            return model
+        if isinstance(model, str):
+            check_named(model, data.example_shape)
+            return model
+        from dpfl.models.functional import FunctionalModel
+
+        if isinstance(model, FunctionalModel):
+            return model.fitted_to(data.example_shape, data.num_classes)
+        return FunctionalModel(model, data.example_shape, data.num_classes)
+
+    @pydantic.model_validator(mode="after")
+    def _check_together(self) -> Experiment:
+        self.mechanism.check(self.privacy, self.sampler, self.data.num_clients)
+        return self
+
     def plan(self) -> Plan:
         """Calibrates the mechanism: the plan from which sampler, clip, noise and guarantee come.
 
         Raises:
             InputError: the privacy target cannot be met.
         """
-        return self.mechanism.plan(self.privacy, self.sampler, self.data.num_clients, self.rounds)
+        plan = self.mechanism.plan(self.privacy, self.sampler, self.data.num_clients, self.rounds)
+        assumptions = plan.guarantee.assumptions + (self.data.assumptions if plan.is_private else ())
+        return dataclasses.replace(plan, guarantee=dataclasses.replace(plan.guarantee, assumptions=assumptions))
 
     def run(self, seed: int = 0, *, progress: bool = True) -> Result:
         """Trains one model.
@@ -73,10 +98,10 @@ class Experiment(Config):
         Raises:
             InputError: the privacy target cannot be met, or the model does not fit the data.
         """
-        from dpfl.progress import rounds_bar
+        from dpfl.progress import progress_bar
         from dpfl.simulation.run import run
 
-        with rounds_bar(self.rounds, shown=progress) as advance:
+        with progress_bar("training", self.rounds, "rounds", shown=progress) as advance:
             return run(self, self.plan(), seed, advance)
 
     def settings(self) -> dict[str, Any]:
@@ -84,19 +109,11 @@ class Experiment(Config):
         groups = ("local", "mechanism", "privacy", "sampler", "server")
         return {
             "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
-            "model": self.model_key(),
+            "model": self.model if isinstance(self.model, str) else self.model.key,
             **{name: getattr(self, name).model_dump() for name in groups},
             "rounds": self.rounds,
             "evaluate_every": self.evaluate_every,
         }
-
-    def model_key(self) -> str:
-        """A text that two models share only if they compute the same (needs TensorFlow for Keras models)."""
-        if isinstance(self.model, str):
-            return self.model
-        from dpfl.models import FunctionalModel
-
-        return FunctionalModel(self.model, self.data.example_shape, self.data.num_classes).key
 
     def run_id(self, seed: int) -> str:
         """Identifies a run by everything that its result depends on."""

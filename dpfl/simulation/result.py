@@ -12,7 +12,7 @@ from dpfl.privacy import Guarantee
 if TYPE_CHECKING:
     import tensorflow as tf
 
-    from dpfl.models import FunctionalModel
+    from dpfl.models.functional import FunctionalModel
 
 
 @dataclasses.dataclass(frozen=True)

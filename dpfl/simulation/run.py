@@ -10,7 +10,7 @@ from typing import Any
 
 import dpfl
 from dpfl.mechanisms import Plan
-from dpfl.models import FunctionalModel
+from dpfl.models.functional import FunctionalModel
 from dpfl.simulation.engine import Engine, Measurements, State
 from dpfl.simulation.experiment import Experiment
 from dpfl.simulation.result import Result
@@ -23,7 +23,8 @@ _KEPT_ENGINES = 4
 def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], None] = lambda rounds: None) -> Result:
     """Trains and evaluates one model.
 
-    A run whose weights or loss stop being finite ends there with the status "diverged".
+    A run ends with the status "diverged" where the loss stops being finite, or where the updates of a
+    whole cohort do (they then count as zero).
 
     Args:
         experiment: what to run.
@@ -52,16 +53,15 @@ def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], 
             history.append({"round": number + 1, "cohort": len(cohorts[index]), **values})
         history[-1].update(evaluation)
         advance(len(numbers))
-        if not math.isfinite(evaluation["loss"]):
+        all_lost = any(row["non_finite_updates"] == row["cohort"] > 0 for row in history[first:])
+        if all_lost or not math.isfinite(evaluation["loss"]):
             status = "diverged"
             break
 
     record = {
         "run_id": experiment.run_id(seed),
         "status": status,
-        **_settings_columns(experiment),
-        "model": model.key,
-        "parameters": model.parameters,
+        **_settings_columns(experiment, model),
         "epsilon_spent": plan.guarantee.epsilon if plan.is_private else None,
         "noise_multiplier": plan.noise_multiplier,
         "sampling_rate": plan.sampling_rate,
@@ -76,16 +76,17 @@ def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], 
 
 
 def _engine(experiment: Experiment, plan: Plan) -> tuple[FunctionalModel, Engine]:
-    data = experiment.data
+    data, model = experiment.data, experiment.model
     key = (
         data.fingerprint,
-        experiment.model,
+        model if isinstance(model, str) else model.key,
         experiment.local.batch_size,
         experiment.server.name,
         experiment.mechanism.name,
     )
     if key not in _ENGINES:
-        model = FunctionalModel(experiment.model, data.example_shape, data.num_classes)
+        if isinstance(model, str):
+            model = FunctionalModel(model, data.example_shape, data.num_classes)
         query = plan.query(seed=0)
         _ENGINES[key] = model, Engine(data, model, experiment.local.batch_size, experiment.server, query)
         if len(_ENGINES) > _KEPT_ENGINES:
@@ -105,7 +106,7 @@ def _evaluate(engine: Engine, state: State) -> dict[str, float]:
     }
 
 
-def _settings_columns(experiment: Experiment) -> dict[str, Any]:
+def _settings_columns(experiment: Experiment, model: FunctionalModel) -> dict[str, Any]:
     """The settings as columns of `runs.csv`, in the field's words."""
     privacy, local, server = experiment.privacy, experiment.local, experiment.server
     return {
@@ -113,6 +114,8 @@ def _settings_columns(experiment: Experiment) -> dict[str, Any]:
         "data_fingerprint": experiment.data.fingerprint,
         "clients": experiment.data.num_clients,
         "examples": experiment.data.num_examples,
+        "model": model.key,
+        "parameters": model.parameters,
         "mechanism": experiment.mechanism.name,
         "unit": privacy.unit,
         "relation": privacy.relation,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from dpfl.errors import InputError
-from dpfl.progress import rounds_bar
+from dpfl.progress import progress_bar
 from dpfl.simulation.experiment import Experiment
 from dpfl.study.store import Store
 from dpfl.study.workers import Planned, Task, run_tasks
@@ -95,10 +95,13 @@ class Study:
             InputError: a privacy target cannot be met (nothing is run then), or another process is
                 running a study in this folder.
         """
+        workers = (os.cpu_count() or 1) if workers is None else workers
+        if workers < 1:
+            raise InputError(f"a study needs at least 1 worker process, but it was told {workers}.")
         store = Store(Path(folder))
         try:
             with store.lock():
-                self._run(store, workers or os.cpu_count() or 1, progress)
+                self._run(store, workers, progress)
         except filelock.Timeout:
             raise InputError(
                 f"another process is running a study in {folder}: wait for it, or choose another folder."
@@ -134,13 +137,10 @@ class Study:
     def _run(self, store: Store, workers: int, progress: bool) -> None:
         tasks = self._missing(store)
         if tasks:
-            planned = {
-                index: Planned(self.experiments[index], self.experiments[index].plan())
-                for index in sorted({task.experiment for task in tasks})
-            }
+            planned = self._plan(sorted({task.experiment for task in tasks}), progress)
             rounds = sum(self.experiments[task.experiment].rounds for task in tasks)
-            done = f"{{task.completed:g}} of {{task.total:g}} rounds in {len(tasks)} runs"
-            with rounds_bar(rounds, shown=progress, done=done) as advance:
+            unit = f"rounds in {len(tasks)} runs"
+            with progress_bar("training", rounds, unit, shown=progress) as advance:
                 run_tasks(
                     planned,
                     tasks,
@@ -149,3 +149,12 @@ class Study:
                     lambda task: advance(self.experiments[task.experiment].rounds),
                 )
         store.collect(self.run_ids)
+
+    def _plan(self, indices: Sequence[int], progress: bool) -> dict[int, Planned]:
+        """Calibrates all mechanisms, so that what cannot be met is refused before anything is trained."""
+        planned = {}
+        with progress_bar("calibrating", len(indices), "configurations", shown=progress) as advance:
+            for index in indices:
+                planned[index] = Planned(self.experiments[index], self.experiments[index].plan())
+                advance(1)
+        return planned

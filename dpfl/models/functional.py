@@ -18,59 +18,10 @@ import numpy as np
 import tensorflow as tf
 
 from dpfl.errors import InputError
+from dpfl.models.named import NAMED, check_named
 from dpfl.randomness import Purpose, generator
 
 ModelBuilder = Callable[[], tf.keras.Model]
-
-
-def softmax(example_shape: Sequence[int], num_classes: int) -> tf.keras.Model:
-    """Softmax regression: one dense layer, zero initial weights (a convex problem needs no others)."""
-    return tf.keras.Sequential(
-        [
-            tf.keras.layers.Input(tuple(example_shape)),
-            tf.keras.layers.Flatten(),
-            tf.keras.layers.Dense(num_classes, kernel_initializer="zeros"),
-        ]
-    )
-
-
-def mlp(example_shape: Sequence[int], num_classes: int) -> tf.keras.Model:
-    """One hidden layer of 100 units with ReLU."""
-    return tf.keras.Sequential(
-        [
-            tf.keras.layers.Input(tuple(example_shape)),
-            tf.keras.layers.Flatten(),
-            tf.keras.layers.Dense(100, activation="relu"),
-            tf.keras.layers.Dense(num_classes),
-        ]
-    )
-
-
-def cnn(example_shape: Sequence[int], num_classes: int) -> tf.keras.Model:
-    """Two convolutions of 3 x 3 with 16 and 32 channels, each with 2 x 2 max-pooling, then a dense layer.
-
-    Raises:
-        InputError: examples are not images of shape (height, width, channels), at least 4 x 4.
-    """
-    if len(example_shape) != 3 or min(example_shape[:2]) < 4:
-        raise InputError(
-            f"the model cnn needs images of shape (height, width, channels) of at least 4 x 4, but examples have "
-            f"shape {tuple(example_shape)}; use the model mlp or softmax."
-        )
-    return tf.keras.Sequential(
-        [
-            tf.keras.layers.Input(tuple(example_shape)),
-            tf.keras.layers.Conv2D(16, 3, padding="same", activation="relu"),
-            tf.keras.layers.MaxPool2D(),
-            tf.keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
-            tf.keras.layers.MaxPool2D(),
-            tf.keras.layers.Flatten(),
-            tf.keras.layers.Dense(num_classes),
-        ]
-    )
-
-
-_NAMED = {"softmax": softmax, "mlp": mlp, "cnn": cnn}
 
 
 class FunctionalModel:
@@ -98,6 +49,7 @@ class FunctionalModel:
         self, model: str | ModelBuilder | tf.keras.Model, example_shape: Sequence[int], num_classes: int
     ) -> None:
         self._example_shape = tuple(example_shape)
+        self._num_classes = num_classes
         self._given_weights: list[np.ndarray] | None = None
         self._builder = self._make_builder(model, num_classes)
         template, created = self._build_template(seed=0)
@@ -119,6 +71,19 @@ class FunctionalModel:
         ]
         graph = self._forward_graph()
         self.key = model if isinstance(model, str) else f"{type(template).__name__.lower()}-{self._digest(graph)}"
+
+    def fitted_to(self, example_shape: Sequence[int], num_classes: int) -> FunctionalModel:
+        """Returns this model, which was made for such examples and classes.
+
+        Raises:
+            InputError: it was made for others.
+        """
+        if self._example_shape != tuple(example_shape) or self._num_classes != num_classes:
+            raise InputError(
+                f"the model was made for examples of shape {self._example_shape} and {self._num_classes} classes, but "
+                f"the data has shape {tuple(example_shape)} and {num_classes} classes: give the Keras model anew."
+            )
+        return self
 
     def initial_weights(self, seed: int) -> list[np.ndarray]:
         """Trainable weights before training: a function of the seed, or the given model's own."""
@@ -161,13 +126,8 @@ class FunctionalModel:
 
     def _make_builder(self, model: Any, num_classes: int) -> ModelBuilder:
         if isinstance(model, str):
-            if model not in _NAMED:
-                raise InputError(
-                    f"there is no model '{model}': choose {', '.join(_NAMED)}, or give a function that returns "
-                    "a Keras model."
-                )
-            named = _NAMED[model]
-            return lambda: named(self._example_shape, num_classes)
+            check_named(model, self._example_shape)
+            return lambda: NAMED[model](self._example_shape, num_classes)
         if isinstance(model, tf.keras.Model):
             try:
                 config = model.get_config()
@@ -176,11 +136,12 @@ class FunctionalModel:
                     f"the model {model.name} cannot be rebuilt because its class has no get_config: "
                     "give a function that returns a new model instead."
                 ) from None
-            return lambda: type(model).from_config(config)
+            keras_class = type(model)
+            return lambda: keras_class.from_config(config)
         if callable(model):
             return model
         raise InputError(
-            f"a model is a name ({', '.join(_NAMED)}), a function that returns a Keras model, or a Keras model, "
+            f"a model is a name ({', '.join(NAMED)}), a function that returns a Keras model, or a Keras model, "
             f"but it was {model!r}."
         )
 
