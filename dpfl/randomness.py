@@ -12,6 +12,8 @@ import enum
 
 import numpy as np
 
+from dpfl.errors import InputError
+
 
 class Purpose(enum.IntEnum):
     """What a random draw is for; purposes never share a stream."""
@@ -21,9 +23,14 @@ class Purpose(enum.IntEnum):
     SHUFFLING = 3
     NOISE = 4
     MODEL = 5
+    HOLDING_OUT = 6
+    PARTITION = 7
+    SYNTHESIS = 8
 
 
 def _sequence(seed: int, purpose: Purpose, *path: int) -> np.random.SeedSequence:
+    if seed < 0:
+        raise InputError(f"a seed must be a whole number of at least 0, but it was {seed}.")
     return np.random.SeedSequence(entropy=seed, spawn_key=(int(purpose), *path))
 
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from dpfl.data import partitions
 from dpfl.data.federated_data import FederatedData
-from dpfl.data.randomness import generator
 from dpfl.errors import InputError
+from dpfl.randomness import Purpose, generator
 
 Split = Literal["examples", "clients"]
 Examples = tuple[npt.ArrayLike, npt.ArrayLike]
@@ -145,7 +145,7 @@ def assemble(
     units = len(ids) if split == "clients" else len(x)
     tests = 0 if "test" in given else max(1, round(options["test_fraction"] * units))
     validations = 0 if "validation" in given else round(options["validation_fraction"] * units)
-    parts = np.split(generator(seed, "held-out").permutation(units), [tests, tests + validations])
+    parts = np.split(generator(seed, Purpose.HOLDING_OUT).permutation(units), [tests, tests + validations])
     test, validation, train = (
         np.flatnonzero(np.isin(client_of, part)) if split == "clients" else np.sort(part) for part in parts
     )

@@ -8,8 +8,8 @@ import numpy as np
 
 from dpfl.data.arrays import from_arrays
 from dpfl.data.federated_data import FederatedData
-from dpfl.data.randomness import generator
 from dpfl.errors import InputError
+from dpfl.randomness import Purpose, generator
 
 _DIGITS_TEST, _DIGITS_VALIDATION = 300, 147
 _FEATURES, _CLASSES = 60, 10
@@ -34,7 +34,7 @@ def digits(clients: int = 300, partition: str = "iid", seed: int = 0) -> Federat
 
     pixels, y = load_digits(return_X_y=True)
     x = (pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    random = int(generator(seed, "held-out").integers(2**32))
+    random = int(generator(seed, Purpose.HOLDING_OUT).integers(2**32))
     x, x_test, y, y_test = train_test_split(x, y, test_size=_DIGITS_TEST, stratify=y, random_state=random)
     x, x_validation, y, y_validation = train_test_split(
         x, y, test_size=_DIGITS_VALIDATION, stratify=y, random_state=random
@@ -107,7 +107,7 @@ def synthetic(
         )
     if examples_per_client is not None and max_examples_per_client is not None:
         raise InputError("examples_per_client fixes all sizes: leave it or max_examples_per_client out.")
-    rng = generator(seed, "synthetic")
+    rng = generator(seed, Purpose.SYNTHESIS)
     if examples_per_client is not None:
         sizes = np.full(clients, examples_per_client)
     else:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from dpfl.data.randomness import Seed, generator
 from dpfl.errors import InputError
+from dpfl.randomness import Purpose, generator
 
-Partition = Callable[[npt.ArrayLike, int, Seed], np.ndarray]
+Partition = Callable[[npt.ArrayLike, int, int], np.ndarray]
 """A function (labels, clients, seed) -> int64 (examples,) of client indices."""
 
 FORMS = "'iid', 'dirichlet:ALPHA' (such as 'dirichlet:0.3') or 'shards:PER_CLIENT' (such as 'shards:2')"
@@ -23,13 +23,13 @@ FORMS = "'iid', 'dirichlet:ALPHA' (such as 'dirichlet:0.3') or 'shards:PER_CLIEN
 _SMALLEST_CONCENTRATION = 1e-6  # below it a draw is one class anyway, and NumPy's time grows as 1 / alpha
 
 
-def iid(labels: npt.ArrayLike, clients: int, seed: Seed) -> np.ndarray:
+def iid(labels: npt.ArrayLike, clients: int, seed: int) -> np.ndarray:
     """Deals examples at random: client sizes differ by at most one.
 
     Args:
         labels: (examples,) class of each example; only their number matters here.
         clients: Number of clients.
-        seed: Seed or generator; a generator is advanced.
+        seed: Seed of the draw.
 
     Returns:
         int64 (examples,), client index of each example.
@@ -38,10 +38,10 @@ def iid(labels: npt.ArrayLike, clients: int, seed: Seed) -> np.ndarray:
         InputError: There are more clients than examples, or none.
     """
     examples = len(_checked(labels, clients))
-    return generator(seed, "partition").permutation(np.arange(examples, dtype=np.int64) % clients)
+    return generator(seed, Purpose.PARTITION).permutation(np.arange(examples, dtype=np.int64) % clients)
 
 
-def dirichlet(labels: npt.ArrayLike, clients: int, alpha: float, seed: Seed) -> np.ndarray:
+def dirichlet(labels: npt.ArrayLike, clients: int, alpha: float, seed: int) -> np.ndarray:
     """Label skew of Hsu et al. 2019 (arXiv 1909.06335): class mixtures from a Dirichlet distribution.
 
     Each client draws its class mixture q ~ Dirichlet(alpha p), p the class frequencies of the data, and then
@@ -58,7 +58,7 @@ def dirichlet(labels: npt.ArrayLike, clients: int, alpha: float, seed: Seed) -> 
         labels: (examples,) class of each example.
         clients: Number of clients.
         alpha: Concentration, above 0.
-        seed: Seed or generator; a generator is advanced.
+        seed: Seed of the draw.
 
     Returns:
         int64 (examples,), client index of each example.
@@ -69,7 +69,7 @@ def dirichlet(labels: npt.ArrayLike, clients: int, alpha: float, seed: Seed) -> 
     labels = _checked(labels, clients)
     if not (alpha > 0 and math.isfinite(alpha)):
         raise InputError(f"the dirichlet alpha is {alpha}, but a number above 0 is needed, such as 0.3.")
-    rng = generator(seed, "partition")
+    rng = generator(seed, Purpose.PARTITION)
     _, class_of, left = np.unique(labels, return_inverse=True, return_counts=True)
     shuffled = rng.permutation(len(labels))
     by_class = shuffled[np.argsort(class_of[shuffled], kind="stable")]
@@ -94,7 +94,7 @@ def dirichlet(labels: npt.ArrayLike, clients: int, alpha: float, seed: Seed) -> 
     return owner
 
 
-def shards(labels: npt.ArrayLike, clients: int, shards_per_client: int, seed: Seed) -> np.ndarray:
+def shards(labels: npt.ArrayLike, clients: int, shards_per_client: int, seed: int) -> np.ndarray:
     """The pathological non-IID partition of McMahan et al. 2017 (arXiv 1602.05629, section 3).
 
     Examples sorted by label are cut into clients * shards_per_client shards of equal size (up to one), and
@@ -104,7 +104,7 @@ def shards(labels: npt.ArrayLike, clients: int, shards_per_client: int, seed: Se
         labels: (examples,) class of each example.
         clients: Number of clients.
         shards_per_client: Shards that each client gets, at least 1.
-        seed: Seed or generator; a generator is advanced.
+        seed: Seed of the draw.
 
     Returns:
         int64 (examples,), client index of each example.
@@ -121,7 +121,7 @@ def shards(labels: npt.ArrayLike, clients: int, shards_per_client: int, seed: Se
             f"{clients * shards_per_client} examples, but there are {len(labels)}: "
             "ask for fewer clients or shards."
         )
-    rng = generator(seed, "partition")
+    rng = generator(seed, Purpose.PARTITION)
     shuffled = rng.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     owner_of_shard = rng.permutation(np.repeat(np.arange(clients, dtype=np.int64), shards_per_client))

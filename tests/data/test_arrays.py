@@ -163,7 +163,7 @@ IDS = np.arange(40) % 4
         ({"clients": 3, "partition": "random"}, ["'random'", "'iid'"]),
         ({"clients": 29}, ["29 clients", "28 examples"]),
         ({"clients": 1}, ["1 clients", "at least 2"]),
-        ({"clients": 3, "seed": -1}, ["seed is -1"]),
+        ({"clients": 3, "seed": -1}, ["it was -1"]),
         ({"clients": 3, "test_fraction": 0}, ["test_fraction is 0", "above 0"]),
         ({"clients": 3, "test_fraction": 0.6, "validation_fraction": 0.4}, ["0.6", "0.4", "sum below 1"]),
         ({"clients": 3, "validation_fraction": -0.1}, ["-0.1"]),

@@ -121,7 +121,7 @@ def test_alpha_changes_no_label() -> None:
         ({"max_examples_per_client": 0}, ["max_examples_per_client 0"]),
         ({"examples_per_client": 5, "max_examples_per_client": 9}, ["examples_per_client fixes"]),
         ({"test_fraction": -0.1}, ["test_fraction -0.1"]),
-        ({"seed": -3}, ["seed is -3"]),
+        ({"seed": -3}, ["it was -3"]),
     ],
 )
 def test_synthetic_refusals(options: dict[str, Any], words: list[str], refuses: Any) -> None:

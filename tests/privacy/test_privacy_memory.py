@@ -1,0 +1,176 @@
+"""The accountant's memory: right in the next process, and never in the way."""
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpfl.privacy import memory, noise_multiplier
+from dpfl.privacy.calibration import _calibrate
+
+NEEDS_XDG = pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME moves the cache folder on Linux alone")
+QUESTION = '2.0, 1e-5, sampling_rate=1.0, steps=4, accountant="rdp"'
+ANSWER = 4.30093
+# Finds the answer without the accountant, and says so if that is impossible.
+FROM_MEMORY = """
+import dpfl.privacy.calibration as calibration
+def gone(*arguments, **settings):
+    raise RuntimeError("the accountant was asked")
+calibration.epsilon = gone
+"""
+
+
+def ask(cache: Path, *, before: str = "", prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Calibrates in a new process that keeps its answers under `cache`."""
+    code = f"{before}\nfrom dpfl.privacy import noise_multiplier\nprint(noise_multiplier({QUESTION}))"
+    return subprocess.run(
+        [*prefix, sys.executable, "-c", code],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder in which another process has left its answer."""
+    folder = tmp_path_factory.mktemp("filled")
+    answered = ask(folder)
+    assert float(answered.stdout) == ANSWER, answered.stderr
+    return folder
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[tuple[str, ...]]:
+    """Takes away the right to write; yields what a root's command must begin with to lack it too."""
+    prefix: tuple[str, ...] = ()
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may write everywhere, and setpriv is not there to take that from it")
+        powers = "-dac_override,-dac_read_search"
+        prefix = ("setpriv", f"--bounding-set={powers}", f"--inh-caps={powers}")
+    everything = [folder, *folder.rglob("*")]
+    for path in everything:
+        path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+    try:
+        yield prefix
+    finally:
+        for path in everything:
+            path.chmod(path.stat().st_mode | stat.S_IWUSR)
+
+
+class TestRemembered:
+    def test_a_kept_answer_is_a_fresh_one(self):
+        arguments = (2.0, 1e-5, 1.0, 4, "add_or_remove_one", "rdp", "a version")
+        assert _calibrate(*arguments) == _calibrate(*arguments) == _calibrate.__wrapped__(*arguments) == ANSWER
+
+    def test_is_computed_once_a_process(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(memory.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+        asked = []
+
+        def double(value: int) -> int:
+            asked.append(value)
+            return 2 * value
+
+        remembering = memory.remembered(double)
+        assert [remembering(3), remembering(3), remembering(4), remembering(3)] == [6, 6, 8, 6]
+        assert asked == [3, 4]
+
+    def test_keeps_nothing_for_a_refusal(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(memory.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+        asked = []
+
+        def refuse(value: int) -> int:
+            asked.append(value)
+            raise ValueError("no")
+
+        remembering = memory.remembered(refuse)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no"):
+                remembering(3)
+        assert asked == [3, 3]
+
+    def test_another_version_of_the_library_is_asked_anew(self, monkeypatch):
+        import dpfl.privacy.accounting as accounting
+
+        asked = []
+        true = accounting.RdpAccountant
+
+        def counted(*arguments: object, **settings: object) -> object:
+            asked.append(arguments)
+            return true(*arguments, **settings)
+
+        monkeypatch.setattr(accounting, "RdpAccountant", counted)
+        first = noise_multiplier(3, 1e-5, sampling_rate=1, steps=7, accountant="rdp")
+        count = len(asked)
+        assert count
+        assert noise_multiplier(3, 1e-5, sampling_rate=1, steps=7, accountant="rdp") == first
+        assert len(asked) == count
+        monkeypatch.setattr(accounting.importlib.metadata, "version", lambda name: "99.9")
+        assert noise_multiplier(3, 1e-5, sampling_rate=1, steps=7, accountant="rdp") == first
+        assert len(asked) > count
+
+
+@NEEDS_XDG
+class TestAcrossProcesses:
+    def test_an_answer_outlives_its_process(self, filled):
+        answered = ask(filled, before=FROM_MEMORY)
+        assert float(answered.stdout) == ANSWER, answered.stderr
+
+    def test_without_that_answer_the_accountant_is_needed(self, tmp_path):
+        # Otherwise the test above shows nothing.
+        assert "the accountant was asked" in ask(tmp_path, before=FROM_MEMORY).stderr
+
+    def test_answers_are_in_dpfls_own_folder(self, filled):
+        assert [path.name for path in filled.iterdir()] == ["dpfl"]
+
+    def test_a_filled_read_only_folder_is_read(self, filled):
+        with read_only(filled) as prefix:
+            answered = ask(filled, before=FROM_MEMORY, prefix=prefix)
+        assert float(answered.stdout) == ANSWER, answered.stderr
+
+    def test_an_empty_read_only_folder_is_no_obstacle(self, tmp_path):
+        with read_only(tmp_path) as prefix:
+            answered = ask(tmp_path, prefix=prefix)
+        assert float(answered.stdout) == ANSWER, answered.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_that_cannot_be_made_is_no_obstacle(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        answered = ask(tmp_path / "file")
+        assert float(answered.stdout) == ANSWER, answered.stderr
+        assert answered.stderr == ""
+
+    @pytest.mark.xfail(strict=True, reason="joblib's OSError escapes when the disk is full or over quota")
+    def test_a_full_disk_is_no_obstacle(self, tmp_path):
+        # No file may grow beyond zero bytes: every write fails as it would on a full disk.
+        full = "import dpfl.privacy, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+        answered = ask(tmp_path, before=full)
+        assert answered.stdout.strip() == str(ANSWER), answered.stderr
+
+    def test_a_damaged_answer_is_computed_again(self, filled, tmp_path):
+        copy = tmp_path / "copy"
+        shutil.copytree(filled, copy)
+        kept = list(copy.rglob("output.pkl"))
+        assert kept
+        for path in kept:
+            path.write_bytes(path.read_bytes()[:-5])
+        answered = ask(copy)
+        assert float(answered.stdout) == ANSWER, answered.stderr
+        # And the folder is whole again.
+        assert float(ask(copy, before=FROM_MEMORY).stdout) == ANSWER
+
+    def test_what_is_kept_says_what_it_answers(self, filled):
+        kept = [json.loads(path.read_text()) for path in (filled / "dpfl").rglob("_calibrate/*/metadata.json")]
+        assert len(kept) == 1
+        assert kept[0]["input_args"]["target"] == "2.0"
+        assert "RDP (dp-accounting" in kept[0]["input_args"]["version"]
