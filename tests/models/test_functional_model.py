@@ -55,9 +55,7 @@ def _examples(count: int = 7) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _evaluate(model: FunctionalModel, weights: list, x: np.ndarray, y: np.ndarray, seed: object = None) -> list:
-    call = tf.function(
-        lambda *values: model.losses_and_logits(values, x, y, training_seed=seed), autograph=False
-    )
+    call = tf.function(lambda *values: model.losses_and_logits(values, x, y, training_seed=seed), autograph=False)
     return [output.numpy() for output in call(*[tf.constant(weight) for weight in weights])]
 
 
@@ -115,9 +113,7 @@ def test_dropout_follows_its_seed_and_is_off_in_evaluation() -> None:
     functional = FunctionalModel(_dropout, SHAPE, CLASSES)
     weights = functional.initial_weights(0)
     x, y = _examples()
-    one, same, other = (
-        _evaluate(functional, weights, x, y, tf.constant([seed, 0]))[1] for seed in (1, 1, 2)
-    )
+    one, same, other = (_evaluate(functional, weights, x, y, tf.constant([seed, 0]))[1] for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 1e-3
     plain = _evaluate(functional, weights, x, y)[1]

@@ -55,10 +55,7 @@ class TestPublishedValues:
         # dp-accounting, pld_privacy_accountant_test.py: delta(1) = 0.126936.
         assert epsilon(poisson_gaussian(math.sqrt(3), 1, 3), 0.126936) == pytest.approx(1, abs=1e-4)
 
-    @pytest.mark.parametrize(
-        ("relation", "published"),
-        [("add_or_remove_one", 1.71), ("replace_one", 2.56), ("replace_special", 1.71)],
-    )
+    @pytest.mark.parametrize(("relation", "published"), [("add_or_remove_one", 1.71), ("replace_one", 2.56)])
     def test_large_population(self, relation, published):
         # 3,383 clients, 120 a round: the FEMNIST setting of DESIGN.md, rounded to two decimals there.
         event = poisson_gaussian(1.2, 120 / 3383, 100)
@@ -75,7 +72,7 @@ class TestIndependentAccountants:
         [
             (1.2, 120 / 3383, 100, 1e-5),
             (3.0, 0.3, 100, 1e-3),
-            (3.0, 0.5, 10, 1e-4),
+            (6.0, 0.5, 10, 1e-4),
             (5.0, 0.9, 100, 1e-5),
             (10.0, 1.0, 200, 1e-5),
         ],
@@ -96,7 +93,7 @@ class TestIndependentAccountants:
         assert found == pytest.approx(fourier_epsilon(noise, rate, steps, delta, relation), rel=1e-4)
 
     @pytest.mark.parametrize(("relation", "sensitivity"), [("add_or_remove_one", 1), ("replace_one", 2)])
-    @pytest.mark.parametrize(("noise", "steps", "delta"), [(1.0, 1, 1e-5), (4.0, 30, 1e-3), (20.0, 1000, 1e-8)])
+    @pytest.mark.parametrize(("noise", "steps", "delta"), [(1.0, 1, 1e-3), (20.0, 1000, 1e-8)])
     def test_closed_form_of_the_gaussian_without_sampling(self, relation, sensitivity, noise, steps, delta):
         exact = analytic_gaussian_epsilon(noise, delta, steps=steps, sensitivity=sensitivity)
         found = epsilon(poisson_gaussian(noise, 1, steps), delta, relation=relation)

@@ -9,26 +9,23 @@ from hypothesis import strategies as st
 from independent_accountants import analytic_gaussian_epsilon, fourier_epsilon
 
 from dpfl.errors import InputError
-from dpfl.privacy import epsilon, noise_multiplier, poisson_gaussian
+from dpfl.privacy import calibration, epsilon, noise_multiplier, poisson_gaussian
 
 ADD, REPLACE, ZERO = "add_or_remove_one", "replace_one", "replace_special"
 TARGETS = [
     # epsilon, delta, sampling rate, steps, relation, accountant
     (0.1, 1e-5, 1.0, 1, ADD, "pld"),
     (0.5, 1e-3, 0.3, 100, ADD, "pld"),
-    (1.0, 1e-5, 120 / 3383, 100, ADD, "pld"),
     (1.0, 1e-5, 120 / 3383, 100, ZERO, "pld"),
     (1.0, 1e-5, 120 / 3383, 100, REPLACE, "pld"),
     (2.0, 1e-8, 0.9, 1000, ADD, "pld"),
-    (4.0, 1e-3, 0.3, 100, REPLACE, "pld"),
     (8.0, 1e-5, 0.1, 2000, ADD, "pld"),
-    (30.0, 1e-5, 1.0, 50, ADD, "pld"),
-    (100.0, 1e-6, 0.5, 200, ADD, "pld"),
-    (0.01, 1e-4, 0.5, 10, ADD, "rdp"),
+    (20.0, 1e-5, 1.0, 50, ADD, "pld"),
+    (0.01, 1e-4, 1.0, 10, ADD, "rdp"),
     (0.5, 1e-3, 0.3, 100, ADD, "rdp"),
     (1.0, 1e-5, 0.001, 1000, ADD, "rdp"),
     (4.0, 1e-5, 1.0, 30, ZERO, "rdp"),
-    (50.0, 1e-6, 0.5, 200, ADD, "rdp"),
+    (100.0, 1e-6, 1.0, 200, ADD, "rdp"),
 ]
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 
@@ -44,7 +41,7 @@ class TestTarget:
 
     @FEW
     @given(
-        st.floats(0.2, 8),
+        st.floats(0.2, 4),
         st.sampled_from([1e-6, 1e-3]),
         st.floats(0.1, 1),
         st.integers(1, 200),
@@ -56,7 +53,7 @@ class TestTarget:
         assert 0.999 * target <= spent <= target
 
     @pytest.mark.parametrize("relation", [ADD, REPLACE])
-    @pytest.mark.parametrize(("target", "delta", "rate", "steps"), [(0.5, 1e-3, 0.3, 100), (4.0, 1e-5, 0.2, 30)])
+    @pytest.mark.parametrize(("target", "delta", "rate", "steps"), [(0.5, 1e-3, 0.3, 100), (2.0, 1e-5, 0.2, 30)])
     def test_an_independent_accountant_confirms_it(self, target, delta, rate, steps, relation):
         noise = noise_multiplier(target, delta, sampling_rate=rate, steps=steps, relation=relation)
         assert fourier_epsilon(noise, rate, steps, delta, relation) == pytest.approx(target, rel=1.2e-3)
@@ -75,7 +72,7 @@ class TestTarget:
         assert float(f"{noise:.6g}") == noise
 
     def test_replace_one_needs_more_noise_than_add_or_remove(self):
-        wanted = {r: noise_multiplier(4, 1e-3, sampling_rate=0.3, steps=100, relation=r) for r in (ADD, REPLACE)}
+        wanted = {r: noise_multiplier(0.5, 1e-3, sampling_rate=0.3, steps=100, relation=r) for r in (ADD, REPLACE)}
         assert wanted[REPLACE] > 1.3 * wanted[ADD]
 
     def test_rdp_needs_no_less_noise_than_pld(self):
@@ -122,9 +119,11 @@ class TestRefusals:
         message = refusal(1e-4, 1e-9, sampling_rate=1, steps=10_000, accountant="rdp")
         assert "cannot be met with any noise multiplier up to 100000" in message
 
-    def test_a_target_that_needs_hardly_any_noise(self):
-        assert "hardly any noise is needed" in refusal(9, 0.5, sampling_rate=1e-4, steps=1)
+    def test_a_target_that_needs_hardly_any_noise(self, monkeypatch):
+        # The true limit, 0.02, takes seconds to reach.
+        monkeypatch.setattr(calibration, "_SMALLEST_NOISE", 0.5)
+        assert "hardly any noise is needed" in refusal(50, 1e-5, sampling_rate=1, steps=1)
 
     @pytest.mark.xfail(strict=True, reason="int(1.9) is 1: the fraction of a step is not charged, and nothing is said")
     def test_a_fraction_of_a_step(self):
-        refusal(1, 1e-5, steps=1.9)
+        refusal(1, 1e-5, steps=1.9, sampling_rate=1)

@@ -70,9 +70,7 @@ class TestPrivacy:
 class TestWeakDelta:
     @pytest.mark.parametrize("delta", [0.01, 0.0100001, 0.5])
     def test_is_refused(self, delta):
-        with pytest.raises(
-            InputError, match=r"is no privacy for 100 clients: choose a delta below 1 / clients = 0\.01"
-        ):
+        with pytest.raises(InputError, match=r"no privacy for 100 clients: choose a delta below .* 0\.01"):
             check_weak_delta(delta, 100, allowed=False)
 
     def test_is_allowed_knowingly(self):

@@ -1,0 +1,139 @@
+"""One run: what it records, what it repeats, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+import dpfl
+from dpfl.data import FederatedData
+
+
+def _experiment(federated: FederatedData, **changes: object) -> dpfl.Experiment:
+    experiment = dpfl.Experiment(
+        data=federated,
+        local=dpfl.LocalTraining(learning_rate=0.3, batch_size=4, epochs=1),
+        mechanism=dpfl.Gaussian(clip_norm=0.5),
+        privacy=dpfl.Privacy(epsilon=4, delta=1e-2),
+        sampler=dpfl.Poisson(cohort=10),
+        rounds=7,
+        evaluate_every=3,
+    )
+    return experiment.replace(**changes)
+
+
+def test_record_history_and_guarantee(images: FederatedData) -> None:
+    experiment = _experiment(images)
+    result = experiment.run(seed=2, progress=False)
+    record = result.record
+    plan = experiment.plan()
+    assert record["status"] == "finished"
+    assert record["rounds_done"] == record["rounds"] == 7
+    assert record["epsilon"] == 4
+    assert 3.99 < record["epsilon_spent"] == plan.guarantee.epsilon <= 4
+    assert record["noise_multiplier"] == plan.noise_multiplier
+    assert record["sampling_rate"] == pytest.approx(10 / 30)
+    assert record["run_id"] == experiment.run_id(2) != experiment.run_id(1)
+    assert json.loads(json.dumps(record)) == record
+    assert [row["round"] for row in result.history] == list(range(1, 8))
+    assert [row["round"] for row in result.history if "accuracy" in row] == [3, 6, 7]
+    assert result.history[-1]["accuracy"] == record["accuracy"] == result.accuracy
+    assert [row["cohort"] for row in result.history] == [
+        len(plan.sampler.clients(2, number, 30)) for number in range(7)
+    ]
+    assert set(images.assumptions) <= set(result.guarantee.assumptions)
+    predicted = result.keras_model()(images.x_test).numpy().argmax(axis=1)
+    assert np.mean(predicted == images.y_test) == result.accuracy
+
+
+def test_same_seed_same_numbers_other_seed_others(images: FederatedData) -> None:
+    experiment = _experiment(images)
+    one, same, other = (experiment.run(seed, progress=False) for seed in (5, 5, 6))
+    for left, right in zip(one.weights, same.weights, strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert one.history == same.history
+    assert np.abs(one.weights[0] - other.weights[0]).max() > 1e-3
+
+
+def test_how_often_it_evaluates_does_not_change_the_model(images: FederatedData) -> None:
+    results = [_experiment(images, evaluate_every=every).run(0, progress=False) for every in (1, 3, 100)]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result.weights[0], results[0].weights[0])
+        assert "accuracy" in result.history[-1]
+
+
+def test_divergence_is_a_result(images: FederatedData) -> None:
+    experiment = _experiment(
+        images, model="mlp", mechanism=dpfl.NoMechanism(), **{"privacy.epsilon": None, "local.learning_rate": 1e25}
+    )
+    result = experiment.run(0, progress=False)
+    assert result.record["status"] == "diverged"
+    assert result.record["rounds_done"] == 3
+    assert result.record["epsilon_spent"] is None
+    assert "No differential privacy" in result.guarantee.statement()
+
+
+def test_training_learns(images: FederatedData) -> None:
+    plain = _experiment(images, mechanism=dpfl.NoMechanism(), rounds=20, **{"privacy.epsilon": None})
+    assert plain.run(0, progress=False).accuracy > 0.9
+
+
+def test_run_id_follows_everything_that_matters(images: FederatedData) -> None:
+    base = _experiment(images)
+    variants = [
+        base.replace(**change)
+        for change in (
+            {"rounds": 8},
+            {"model": "mlp"},
+            {"local.learning_rate": 0.2},
+            {"mechanism.clip_norm": 0.4},
+            {"privacy.epsilon": 3},
+            {"privacy.delta": 1e-3},
+            {"sampler.cohort": 9},
+            {"server.name": "adam"},
+            {"data": dpfl.data.from_arrays(images.x * 2, images.y, np.repeat(np.arange(30), images.client_sizes))},
+        )
+    ]
+    assert len({experiment.run_id(0) for experiment in [base, *variants]}) == len(variants) + 1
+    assert base.run_id(0) == _experiment(images).run_id(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"rounds": 0}, "rounds should be greater than 0"),
+        ({"privacy.epsilon": -1}, "epsilon must be a positive number"),
+        ({"privacy.epsilon": float("inf")}, "epsilon must be a positive number"),
+        ({"privacy.delta": 0.05}, "no privacy for 30 clients"),
+        ({"mechanism.clip_norm": 0}, "clip norm"),
+        ({"sampler.cohort": 31}, "exceeds the 30 clients"),
+        ({"mechanism": dpfl.NoMechanism()}, "cannot keep epsilon 4"),
+        ({"model": "resnet"}, "there is no model"),
+        ({"local": dpfl.LocalTraining(epochs=1), "loacl": 1}, "did you mean 'local'"),
+        ({"local.steps": 3}, "exactly one"),
+        ({"data": "digist"}, "digits"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_sentence(images: FederatedData, change: dict, word: str) -> None:
+    with pytest.raises(dpfl.InputError) as refused:
+        _experiment(images, **change)
+    assert word in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_weak_delta_can_be_allowed_knowingly(images: FederatedData) -> None:
+    plan = _experiment(images, **{"privacy.delta": 0.05, "privacy.allow_weak_delta": True}).plan()
+    assert plan.guarantee.delta == 0.05
+
+
+def test_a_model_for_other_data_is_refused(images: FederatedData) -> None:
+    import tensorflow as tf
+
+    def build() -> tf.keras.Model:
+        return tf.keras.Sequential([tf.keras.layers.Flatten(), tf.keras.layers.Dense(3)])
+
+    experiment = _experiment(images, model=build)
+    with pytest.raises(dpfl.InputError, match="give the Keras model anew"):
+        experiment.replace(data="digits")
+    with pytest.raises(dpfl.InputError, match="outside the model's classes"):
+        _experiment(dpfl.data.digits(30), model=build)

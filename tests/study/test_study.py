@@ -1,0 +1,181 @@
+"""Studies: grids, what is kept, and what a crash or a second worker may not change."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import dpfl
+from dpfl.privacy import Privacy
+from dpfl.study import grid, tradeoff
+from dpfl.study.store import Store
+
+
+@pytest.fixture(scope="module")
+def base() -> dpfl.Experiment:
+    return dpfl.Experiment(
+        data=dpfl.data.digits(clients=40),
+        local=dpfl.LocalTraining(learning_rate=0.3, batch_size=5, steps=2),
+        mechanism=dpfl.Gaussian(clip_norm=0.5),
+        privacy=dpfl.Privacy(epsilon=8, delta=1e-2),
+        sampler=dpfl.Poisson(cohort=20),
+        rounds=4,
+    )
+
+
+def test_grid_is_a_product_and_tuples_change_together(base: dpfl.Experiment) -> None:
+    axes = {"privacy.epsilon": [1, None], ("rounds", "local.steps"): [(2, 6), (4, 3)], "mechanism.clip_norm": [1.0]}
+    points = [(one.privacy.epsilon, one.rounds, one.local.steps, one.mechanism.clip_norm) for one in grid(base, axes)]
+    assert points == [(1, 2, 6, 1), (1, 4, 3, 1), (None, 2, 6, 1), (None, 4, 3, 1)]
+    with pytest.raises(dpfl.InputError, match="did you mean 'epsilon'"):
+        grid(base, {"privacy.epsilom": [1]})
+
+
+def test_same_experiments_are_run_once(base: dpfl.Experiment) -> None:
+    study = dpfl.Study([base, base.replace(rounds=4), base.replace(rounds=5)], seeds=[3, 7])
+    assert len(study.experiments) == 2
+    assert len(set(study.run_ids)) == 4
+
+
+@pytest.mark.parametrize("seeds", [0, [], [-1]])
+def test_seeds_are_checked(base: dpfl.Experiment, seeds: object) -> None:
+    with pytest.raises(dpfl.InputError, match="seed"):
+        dpfl.Study(base, seeds=seeds)
+
+
+def test_tradeoff_holds_local_work_fixed_and_adds_plain_averaging() -> None:
+    options: dict = {
+        "epsilons": [1, None],
+        "clip_norms": [0.5, 1],
+        "rounds": [2, 6],
+        "privacy": Privacy(epsilon=None, delta=1e-3),
+        "cohort": 10,
+        "batch_size": 5,
+        "learning_rate": 0.1,
+        "server": dpfl.ServerOptimizer(),
+        "seeds": 2,
+    }
+    study = tradeoff(dpfl.data.digits(), local_work=6, **options)
+    assert {one.rounds * one.local.steps for one in study.experiments} == {6}
+    plain = [one for one in study.experiments if one.mechanism.name == "none"]
+    assert [one.rounds for one in plain] == [2, 6]
+    assert len(study.experiments) == 2 * 2 * 2 + 2
+    with pytest.raises(dpfl.InputError, match="cannot be split evenly into 6 rounds"):
+        tradeoff(dpfl.data.digits(), local_work=10, **options)
+    with pytest.raises(dpfl.InputError, match="at least one clip norm"):
+        tradeoff(dpfl.data.digits(), local_work=6, **{**options, "clip_norms": []})
+
+
+def test_study_keeps_runs_and_goes_on(base: dpfl.Experiment, tmp_path: Path) -> None:
+    study = dpfl.Study(base, {"privacy.epsilon": [4, None]}, seeds=2)
+    assert study.pending(tmp_path) == 4
+    frame = study.run(tmp_path, workers=2, progress=False).frame()
+    assert study.pending(tmp_path) == 0
+    assert list(frame["run_id"]) == study.run_ids
+    direct = base.replace(**{"privacy.epsilon": 4}).run(1, progress=False)
+    row = frame[(frame["epsilon"] == 4) & (frame["seed"] == 1)].iloc[0]
+    assert row["accuracy"] == direct.accuracy
+    np.testing.assert_allclose(row["loss"], direct.loss, rtol=1e-6)
+    assert study.history().groupby("run_id")["round"].max().tolist() == [4] * 4
+
+    records = tmp_path / "records"
+    kept = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
+    broken, gone = sorted(kept)[:2]
+    (records / broken).write_text('{"record": {"run_id"')
+    (records / gone).unlink()
+    assert study.pending(tmp_path) == 2
+    again = study.run(tmp_path, workers=1, progress=False).frame()
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), frame.drop(columns="seconds"))
+    untouched = set(kept) - {broken, gone}
+    assert all((records / name).stat().st_mtime_ns == kept[name] for name in untouched)
+    csv = pd.read_csv(tmp_path / "runs.csv")
+    pd.testing.assert_frame_equal(csv, again.astype({"local_epochs": float}), check_dtype=False)
+    guarantee = json.loads((records / broken).read_text())["guarantee"]
+    assert {"epsilon", "delta", "unit", "relation", "sampler", "accountant", "assumptions"} <= set(guarantee)
+
+
+def test_models_made_in_a_notebook_reach_the_workers(base: dpfl.Experiment, tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    units = 4
+    experiment = base.replace(
+        model=lambda: tf.keras.Sequential(
+            [tf.keras.layers.Flatten(), tf.keras.layers.Dense(units), tf.keras.layers.Dense(10)]
+        )
+    )
+    frame = dpfl.Study(experiment, seeds=1).run(tmp_path, workers=1, progress=False).frame()
+    assert frame["parameters"].tolist() == [64 * 4 + 4 + 4 * 10 + 10]
+    assert frame["status"].tolist() == ["finished"]
+
+
+def test_what_cannot_be_met_stops_the_study_before_any_run(base: dpfl.Experiment, tmp_path: Path) -> None:
+    study = dpfl.Study(base, {"privacy.epsilon": [8, 500]}, seeds=1)
+    with pytest.raises(dpfl.InputError, match="100"):
+        study.run(tmp_path, progress=False)
+    assert list((tmp_path / "records").iterdir()) == []
+
+
+def test_one_study_at_a_time_in_a_folder(base: dpfl.Experiment, tmp_path: Path) -> None:
+    with Store(tmp_path).lock(), pytest.raises(dpfl.InputError, match="another process"):
+        dpfl.Study(base, seeds=1).run(tmp_path, progress=False)
+
+
+def test_workers_and_results_are_checked(base: dpfl.Experiment, tmp_path: Path) -> None:
+    with pytest.raises(dpfl.InputError, match="at least 1 worker"):
+        dpfl.Study(base).run(tmp_path, workers=0)
+    with pytest.raises(dpfl.InputError, match="call run"):
+        dpfl.Study(base).frame()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(dpfl.InputError, match="cannot be made"):
+        dpfl.Study(base).run(tmp_path / "file" / "below")
+
+
+def _children(parent: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False)
+    return [int(line) for line in listed.stdout.split()]
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_kill_9_in_the_middle_loses_no_run_and_leaves_no_worker(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from dpfl.cli import main; main()", "tradeoff"]
+    command += ["--epsilon", "2,none", "--clip-norm", "0.5", "--rounds", "150,300", "--local-work", "300"]
+    command += ["--seeds", "4", "--out"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    subprocess.run([*command, undisturbed, "--workers", "1"], check=True, capture_output=True)
+
+    process = subprocess.Popen([*command, killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(killed.glob("records/*.json"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = _children(process.pid)
+    assert workers
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = len(list(killed.glob("records/*.json")))
+    assert finished < 24
+    while any(_alive(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    again = subprocess.run([*command, killed], check=True, capture_output=True, text=True)
+    assert "runs are finished" in again.stdout
+    one, other = (pd.read_csv(folder / "runs.csv").drop(columns="seconds") for folder in (undisturbed, killed))
+    assert len(one) == 24
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+    assert (undisturbed / "history.csv").read_bytes() == (killed / "history.csv").read_bytes()
