@@ -11,18 +11,18 @@ from dpfl.data.federated_data import FederatedData
 from dpfl.errors import InputError
 from dpfl.randomness import Purpose, generator
 
-_DIGITS_TEST, _DIGITS_VALIDATION = 300, 147
+_DIGITS_TEST, _DIGITS_VALIDATION = 300, 250
 _FEATURES, _CLASSES = 60, 10
 
 
 def digits(clients: int = 300, partition: str = "iid", seed: int = 0) -> FederatedData:
     """Handwritten digits of scikit-learn, dealt to simulated clients: small, real, and always there.
 
-    1,797 images of shape (8, 8, 1) with pixels in [0, 1]: 1,350 to train, 147 to validate and 300 to test,
+    1,797 images of shape (8, 8, 1) with pixels in [0, 1]: 1,247 to train, 250 to validate and 300 to test,
     each with the same share of every class. The split depends on the seed alone.
 
     Args:
-        clients: Number of clients, at most 1,350.
+        clients: Number of clients, at most 1,247.
         partition: "iid", "dirichlet:ALPHA" or "shards:PER_CLIENT".
         seed: Seed of the split and the partition.
 

@@ -103,7 +103,7 @@ def table(tmp_path: Path) -> Path:
         ("--delta 0", "delta must lie between 0 and 1"),
         ("--clip-norm 0", "clip norm must be a positive"),
         ("--clip-norm 0.5,-1", "clip norm must be a positive"),
-        ("--clients 5000", "5000 clients cannot share 1350 examples"),
+        ("--clients 5000", "5000 clients cannot share 1247 examples"),
         ("--clients 1", "client"),
         ("--data digist", "did you mean 'digits'"),
         ("--data nothing.csv", "there is no file nothing.csv"),

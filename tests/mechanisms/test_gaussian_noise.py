@@ -1,0 +1,150 @@
+"""The noise: normal, of the right size, fresh where it must be and repeatable where it must be."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from guarantee_checks import (
+    check_noise_distribution,
+    check_noise_independence,
+    check_noise_repeats,
+    noise,
+    release,
+)
+from scipy import stats
+
+from dpfl.mechanisms import Gaussian, NoMechanism, Plan
+from dpfl.privacy import Privacy
+from dpfl.randomness import Purpose, stateless_seed
+from dpfl.sampling import Poisson
+
+SHAPES = [(40,), (5, 8)]
+
+
+def other(plan: Plan, **changes: object) -> Plan:
+    return dataclasses.replace(plan, **changes)
+
+
+class TestDistribution:
+    @pytest.mark.parametrize(
+        ("clip", "multiplier", "cohort"), [(0.7, 1.33, 20), (1e-3, 0.5, 1), (250.0, 8.0, 1000), (1.0, 1e-3, 3)]
+    )
+    def test_is_normal_with_deviation_z_clip_over_cohort(self, plan, clip, multiplier, cohort):
+        check_noise_distribution(
+            other(plan, clip_norm=clip, noise_multiplier=multiplier, sampler=Poisson(cohort=cohort))
+        )
+
+    def test_has_the_normals_tails(self, plan):
+        # Of 400,000 normal draws 25.3 lie beyond 4 deviations; outside [5, 55] with probability 1e-6.
+        draws = np.concatenate([tensors[0] for tensors in noise(plan, 2, 4, [(100_000,)])])
+        scale = plan.noise_stddev / plan.sampler.cohort
+        assert 5 <= np.sum(np.abs(draws) > 4 * scale) <= 55
+        # The excess kurtosis of n normal draws has variance 24 / n; beyond 5 of its deviations 6e-7.
+        assert abs(stats.kurtosis(draws)) <= 5 * np.sqrt(24 / len(draws))
+
+    def test_without_a_target_there_is_none(self):
+        made = Gaussian(clip_norm=1).plan(Privacy(epsilon=None), Poisson(cohort=2), 4, 3)
+        nothing = NoMechanism().plan(Privacy(epsilon=None), Poisson(cohort=2), 4, 3)
+        for plan in (made, nothing):
+            for released in noise(plan, 0, 2, SHAPES):
+                assert not any(tensor.any() for tensor in released)
+
+
+class TestIndependence:
+    def test_of_tensors_rounds_and_seeds(self, plan):
+        check_noise_independence(plan)
+
+    def test_tensors_of_one_shape_differ_in_every_coordinate(self, plan):
+        first, second = noise(plan, 0, 1, [(1000,), (1000,)])[0]
+        assert np.all(first != second)
+
+    def test_no_value_comes_twice_in_many_rounds(self, plan):
+        # 60 rounds of 20 coordinates: two of 1,200 float32 normals agree by chance with probability below 0.2,
+        # two successive ones by 1e-4; whole tensors never do.
+        rounds = np.stack([np.concatenate(tensors) for tensors in noise(plan, 3, 60, [(10,), (10,)])])
+        tensors = rounds.reshape(120, 10)
+        assert len(np.unique(tensors, axis=0)) == 120
+
+    def test_seeds_differ(self, plan):
+        released = [tuple(noise(plan, seed, 1, [(5,)])[0][0]) for seed in (0, 1, 2, 2**31, 2**32, 2**32 + 1, 2**64)]
+        assert len(set(released)) == len(released)
+
+    def test_far_rounds_differ(self, plan):
+        query = plan.query(0)
+        start = query.initial_global_state()
+        released = []
+        for number in (0, 1, 2, 1000, 2**16, 2**31 - 2):
+            numerator = start.numerator_state._replace(round=tf.constant(number))
+            result, _ = release(query, [], [tf.zeros(5)], start._replace(numerator_state=numerator))
+            released.append(tuple(result[0]))
+        assert len(set(released)) == len(released)
+
+
+class TestRepetition:
+    def test_seed_and_round_decide(self, plan):
+        check_noise_repeats(plan)
+
+    def test_neither_epsilon_nor_clip_nor_cohort_change_its_direction(self, plan):
+        reference = noise(plan, 4, 2, SHAPES)
+        for changes in (
+            {"noise_multiplier": 5.0},
+            {"clip_norm": 0.01},
+            {"sampler": Poisson(cohort=3)},
+            {"population": 1000, "rounds": 500},
+        ):
+            changed = other(plan, **changes)
+            ratio = changed.noise_stddev / plan.noise_stddev * plan.sampler.cohort / changed.sampler.cohort
+            for before, after in zip(reference, noise(changed, 4, 2, SHAPES), strict=True):
+                for first, second in zip(before, after, strict=True):
+                    np.testing.assert_allclose(second, first * ratio, rtol=1e-5)
+
+    def test_is_the_same_in_a_graph(self, plan):
+        query = plan.query(9)
+        template = [tf.zeros(shape) for shape in SHAPES]
+
+        @tf.function
+        def two_rounds() -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+            state = query.initial_global_state()
+            first, state, _ = query.get_noised_result(query.initial_sample_state(template), state)
+            second, _, _ = query.get_noised_result(query.initial_sample_state(template), state)
+            return first, second
+
+        in_graph = [[part.numpy().ravel() for part in released] for released in two_rounds()]
+        for eager, compiled in zip(noise(plan, 9, 2, SHAPES), in_graph, strict=True):
+            for first, second in zip(eager, compiled, strict=True):
+                np.testing.assert_array_equal(np.float32(first), second)
+
+
+class TestState:
+    def test_counts_rounds_and_keeps_all_else(self, plan):
+        query = plan.query(7)
+        state = first = query.initial_global_state()
+        for number in range(4):
+            assert state.numerator_state.round.numpy() == number
+            assert state.denominator.numpy() == plan.sampler.cohort
+            for name in ("clip_norm", "stddev", "seed"):
+                before, after = (getattr(s.numerator_state, name).numpy() for s in (first, state))
+                np.testing.assert_array_equal(before, after)
+            _, state = release(query, [], [tf.zeros(3)], state)
+
+    def test_holds_the_plans_numbers(self, plan):
+        state = plan.query(7).initial_global_state().numerator_state
+        assert state.clip_norm.numpy() == np.float32(plan.clip_norm)
+        assert state.stddev.numpy() == np.float32(plan.noise_stddev)
+        np.testing.assert_array_equal(state.seed.numpy(), stateless_seed(7, Purpose.NOISE))
+        assert {tensor.dtype for tensor in state} == {tf.float32, tf.int32}
+
+    def test_two_queries_of_a_plan_are_interchangeable(self, plan):
+        # The engine compiles one query and is given the states of others.
+        first, second = plan.query(1), other(plan, clip_norm=3.0, sampler=Poisson(cohort=5)).query(2)
+        record, template = [np.full(4, 9, np.float32)], [tf.zeros(4)]
+        own, _ = release(second, [record], template)
+        through_the_other, _ = release(first, [record], template, second.initial_global_state())
+        np.testing.assert_array_equal(own[0], through_the_other[0])
+
+    def test_the_event_is_the_noise_of_one_sum(self, plan):
+        query = plan.query(0)
+        total = query.initial_sample_state([tf.zeros(2)])
+        _, _, event = query.get_noised_result(total, query.initial_global_state())
+        assert float(event.noise_multiplier) == pytest.approx(plan.noise_multiplier, rel=1e-6)

@@ -1,0 +1,59 @@
+"""The repository keeps its own promises: the README's code runs, and the linters are content."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_code_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    program = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    (tmp_path / "readme.py").write_text(program + "\nexperiment.plan()\n")
+    done = subprocess.run(
+        [sys.executable, "readme.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(4, 0.001)-differential privacy at user level" in done.stdout
+    accuracy = re.search(r"Test accuracy: ([\d.]+)%", done.stdout)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 88
+    assert (tmp_path / "runs" / "mine" / "round_frequency.png").exists()
+
+
+def test_accountant_in_the_readme(tmp_path: Path) -> None:
+    noise, epsilon = re.findall(r"uv run dpfl ((?:noise|epsilon) .*)", README)
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", "from dpfl.cli import main; main()", *shlex.split(command)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for command in (noise, epsilon)
+    ]
+    assert re.search(r"--noise-multiplier (\S+)", epsilon)[1] in outputs[0]
+    assert '"epsilon": 3.99' in outputs[1]
+
+
+def test_files_that_the_documents_name_exist() -> None:
+    for document in (ROOT / "README.md", ROOT / "experiments" / "README.md"):
+        links = re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text())
+        assert links
+        for link in links:
+            assert (document.parent / link).exists(), f"{document.name} names {link}"
+
+
+@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy dpfl"])
+def test_linters_are_content(command: str) -> None:
+    program = Path(sys.executable).parent / command.split()[0]
+    done = subprocess.run(
+        [program, *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
