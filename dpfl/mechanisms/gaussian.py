@@ -21,7 +21,8 @@ _CENTRAL_ASSUMPTIONS = (
     "part in which round.",
     "It does not cover figures measured along the way (accuracies, losses, update norms), nor the choice of "
     "hyperparameters by looking at them.",
-    "The noise comes from a pseudo-random generator in float32, as fits a simulation.",
+    "The noise is a pseudo-random function, in float32, of the run's seed: whoever knows the seed can take it off, and "
+    "runs with the same seed share it, so a model that is released needs a seed of its own that stays secret.",
 )
 
 

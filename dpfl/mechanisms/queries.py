@@ -67,13 +67,10 @@ class StatelessGaussianSumQuery(SumAggregationDPQuery):
             record: a structure of float tensors. Private, before and after clipping.
         """
         norm = global_norm(record)
-        finite = tf.math.is_finite(norm)
         scale = tf.where(norm > params, params / norm, 1.0)
-
-        def clip(part: tf.Tensor) -> tf.Tensor:
-            return tf.where(finite, part * scale, tf.zeros_like(part))
-
-        return tf.nest.map_structure(clip, record)
+        scale = tf.where(tf.math.is_finite(norm), scale, 0.0)
+        # Zero times NaN is zero here, and cheaper than choosing between two tensors.
+        return tf.nest.map_structure(lambda part: tf.math.multiply_no_nan(part, scale), record)
 
     def get_noised_result(
         self, sample_state: Any, global_state: GlobalState

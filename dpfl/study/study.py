@@ -141,13 +141,7 @@ class Study:
             rounds = sum(self.experiments[task.experiment].rounds for task in tasks)
             unit = f"rounds in {len(tasks)} runs"
             with progress_bar("training", rounds, unit, shown=progress) as advance:
-                run_tasks(
-                    planned,
-                    tasks,
-                    store.folder,
-                    workers,
-                    lambda task: advance(self.experiments[task.experiment].rounds),
-                )
+                run_tasks(planned, tasks, store.folder, workers, advance)
         store.collect(self.run_ids)
 
     def _plan(self, indices: Sequence[int], progress: bool) -> dict[int, Planned]:

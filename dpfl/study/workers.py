@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import loky
+import numpy as np
 
 from dpfl.mechanisms import Plan
 from dpfl.simulation.experiment import Experiment
 from dpfl.study.store import Store
+
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Planned(NamedTuple):
@@ -35,7 +38,7 @@ def run_tasks(
     tasks: Sequence[Task],
     folder: Path,
     workers: int,
-    on_end: Callable[[Task], None],
+    advance: Callable[[int], None],
 ) -> None:
     """Does all the runs and keeps each in the store as soon as it has ended.
 
@@ -47,23 +50,31 @@ def run_tasks(
         tasks: what to run.
         folder: of the store.
         workers: number of processes.
-        on_end: called in this process after each run.
+        advance: called in this process with a number of rounds whenever so many more are done.
 
     Raises:
         Exception: the first error of a run; runs that have ended are kept.
     """
+    counters = folder / ".rounds"
+    rounds = np.memmap(counters, np.int64, "w+", shape=len(tasks))
     executor = loky.ProcessPoolExecutor(
         max_workers=min(workers, len(tasks)),
         initializer=_start_worker,
-        initargs=(planned, folder, os.getpid()),
+        initargs=(planned, Store(folder), counters, os.getpid()),
     )
     try:
-        futures = {executor.submit(_run_task, task): task for task in tasks}
-        for future in loky.as_completed(futures):
-            future.result()
-            on_end(futures[future])
+        pending = {executor.submit(_run_task, slot, task) for slot, task in enumerate(tasks)}
+        shown = 0
+        while pending:
+            ended, pending = loky.wait(pending, timeout=_SECONDS_BETWEEN_LOOKS, return_when=loky.FIRST_COMPLETED)
+            for future in ended:
+                future.result()
+            done = int(rounds.sum())
+            advance(done - shown)
+            shown = done
     finally:
         executor.shutdown(wait=True, kill_workers=True)
+        counters.unlink()
 
 
 class _Worker(NamedTuple):
@@ -71,19 +82,20 @@ class _Worker(NamedTuple):
 
     planned: Mapping[int, Planned]
     store: Store
+    rounds: np.ndarray
 
 
 _worker: _Worker
 
 
-def _start_worker(planned: Mapping[int, Planned], folder: Path, parent: int) -> None:
+def _start_worker(planned: Mapping[int, Planned], store: Store, counters: Path, parent: int) -> None:
     global _worker
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    _worker = _Worker(planned, Store(folder))
+    _worker = _Worker(planned, store, np.memmap(counters, np.int64, "r+"))
 
 
 def _die_with(parent: int) -> None:
@@ -93,9 +105,15 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
-def _run_task(task: Task) -> None:
+def _run_task(slot: int, task: Task) -> None:
+    """Does one run and counts its rounds, those that a diverged run leaves out as well, in its slot."""
     from dpfl.simulation.run import run
 
     experiment, plan = _worker.planned[task.experiment]
-    result = run(experiment, plan, task.seed)
+
+    def advance(rounds: int) -> None:
+        _worker.rounds[slot] += rounds
+
+    result = run(experiment, plan, task.seed, advance)
     _worker.store.write(result.record, result.history, result.guarantee.as_dict())
+    _worker.rounds[slot] = experiment.rounds

@@ -11,6 +11,6 @@ POPULATION, COHORT, ROUNDS, CLIP = 60, 20, 4, 0.7
 
 @pytest.fixture(scope="session")
 def plan() -> Plan:
-    """Four rounds with 20 of 60 clients, clip 0.7, at epsilon 2."""
-    target = Privacy(epsilon=2, delta=1e-3)
+    """Four rounds with 20 of 60 clients, clip 0.7, at epsilon 1."""
+    target = Privacy(epsilon=1, delta=1e-3)
     return Gaussian(clip_norm=CLIP).plan(target, Poisson(cohort=COHORT), POPULATION, ROUNDS)

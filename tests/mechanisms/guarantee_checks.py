@@ -244,6 +244,10 @@ def check_poisson(sampler: Poisson, population: int, *, rounds: int = 3000, seed
     assert low <= counts.min(), f"client {counts.argmin()} took part {counts.min():g} times of {rounds}"
     assert counts.max() <= high, f"client {counts.argmax()} took part {counts.max():g} times of {rounds}"
 
+    # All together; 6e-7.
+    surplus = (took_part.sum() - took_part.size * rate) / math.sqrt(took_part.size * variance)
+    assert abs(surplus) <= 5, f"clients take part at rate {took_part.mean():.4f}, not {rate:.4f}"
+
     # The size of a cohort has the binomial's variance; 6e-7 by the central limit theorem.
     squares = np.square(took_part.sum(axis=1) - population * rate) / (population * variance)
     deviation = (squares.sum() - rounds) / math.sqrt(rounds * (2 + (1 - 6 * variance) / (population * variance)))

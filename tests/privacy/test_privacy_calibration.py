@@ -27,7 +27,7 @@ TARGETS = [
     (4.0, 1e-5, 1.0, 30, ZERO, "rdp"),
     (100.0, 1e-6, 1.0, 200, ADD, "rdp"),
 ]
-FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
+FEW = settings(max_examples=5, deadline=None, derandomize=True, database=None)
 
 
 class TestTarget:

@@ -1,0 +1,241 @@
+"""Every example counts once an epoch, in an order of the client's own."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from dpfl.clients.schedule import minibatches
+from dpfl.randomness import Purpose, stateless_seed
+
+FALSE_ALARM = 1e-6
+SEED = stateless_seed(0, Purpose.SHUFFLING)
+FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+def schedule(
+    sizes: list[int],
+    *,
+    steps: int = 0,
+    epochs: int = 0,
+    batch_size: int = 4,
+    clients: list[int] | None = None,
+    starts: list[int] | None = None,
+    seed: np.ndarray = SEED,
+    round_number: int = 0,
+) -> list[list[list[int]]]:
+    """The counted rows of each client's minibatches, after a look at the shapes."""
+    clients = list(range(len(sizes))) if clients is None else clients
+    starts = np.cumsum([0, *sizes[:-1]]).tolist() if starts is None else starts
+    rows, mask = minibatches(
+        tf.constant(starts, tf.int32),
+        tf.constant(sizes, tf.int32),
+        tf.constant(clients, tf.int32),
+        steps=tf.constant(steps),
+        epochs=tf.constant(epochs),
+        batch_size=batch_size,
+        seed=tf.constant(seed, tf.int32),
+        round_number=tf.constant(round_number),
+    )
+    per_epoch = [-(-size // batch_size) for size in sizes]
+    most = steps or max(epochs * count for count in per_epoch)
+    assert rows.shape == mask.shape == (len(sizes), most, batch_size)
+    assert rows.dtype == tf.int32
+    assert mask.dtype == tf.float32
+    rows, mask = rows.numpy(), mask.numpy()
+    assert set(np.unique(mask)) <= {0.0, 1.0}
+    for client, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        # Rows that do not count are gathered all the same: they must be the client's own.
+        assert np.all((rows[client] >= start) & (rows[client] < start + size))
+    return [
+        [[int(row) for row, counts in zip(*batch, strict=True) if counts] for batch in zip(*pair, strict=True)]
+        for pair in zip(rows, mask, strict=True)
+    ]
+
+
+def epochs_of(batches: list[list[int]], size: int, batch_size: int) -> list[list[list[int]]]:
+    per_epoch = -(-size // batch_size)
+    return [batches[start : start + per_epoch] for start in range(0, len(batches), per_epoch)]
+
+
+def orders(count: int, size: int, **settings: object) -> np.ndarray:
+    """Orders of the first epoch of many clients of one size, (count, size), rows counted from 0."""
+    batches = schedule([size] * count, starts=[0] * count, batch_size=size, epochs=1, **settings)
+    return np.array([client[0] for client in batches])
+
+
+class TestEpochs:
+    @FEW
+    @given(st.lists(st.integers(1, 13), min_size=1, max_size=5), st.integers(1, 4), st.integers(1, 6))
+    def test_every_example_counts_once_an_epoch(self, sizes, epochs, batch_size):
+        starts = np.cumsum([0, *sizes])
+        for client, batches in enumerate(schedule(sizes, epochs=epochs, batch_size=batch_size)):
+            size, own = sizes[client], list(range(starts[client], starts[client + 1]))
+            per_epoch = -(-size // batch_size)
+            done, idle = batches[: epochs * per_epoch], batches[epochs * per_epoch :]
+            assert not any(idle)
+            for passed in epochs_of(done, size, batch_size):
+                assert sorted(itertools.chain(*passed)) == own
+                # Full minibatches, and what is left in the last.
+                assert [len(batch) for batch in passed] == [batch_size] * (size // batch_size) + (
+                    [size % batch_size] if size % batch_size else []
+                )
+
+    def test_unequal_clients(self):
+        small, large, lone = schedule([3, 9, 1], epochs=2)
+        assert [len(batch) for batch in small] == [3, 3, 0, 0, 0, 0]
+        assert [len(batch) for batch in large] == [4, 4, 1, 4, 4, 1]
+        assert [len(batch) for batch in lone] == [1, 1, 0, 0, 0, 0]
+        assert lone[0] == lone[1] == [12]
+
+    def test_one_example_in_batches_of_one(self):
+        assert schedule([1], epochs=3, batch_size=1) == [[[0], [0], [0]]]
+
+    def test_a_batch_larger_than_the_client(self):
+        (only,) = schedule([5], epochs=2, batch_size=100)
+        assert [sorted(batch) for batch in only] == [list(range(5))] * 2
+
+
+class TestSteps:
+    @FEW
+    @given(st.lists(st.integers(1, 13), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 6))
+    def test_every_client_takes_so_many_steps(self, sizes, steps, batch_size):
+        starts = np.cumsum([0, *sizes])
+        for client, batches in enumerate(schedule(sizes, steps=steps, batch_size=batch_size)):
+            size, own = sizes[client], set(range(starts[client], starts[client + 1]))
+            per_epoch = -(-size // batch_size)
+            assert len(batches) == steps
+            for step, batch in enumerate(batches):
+                last = step % per_epoch == per_epoch - 1
+                assert len(batch) == ((size - 1) % batch_size + 1 if last else batch_size)
+            for passed in epochs_of(batches, size, batch_size):
+                seen = list(itertools.chain(*passed))
+                assert len(set(seen)) == len(seen)
+                assert set(seen) == own if len(passed) == per_epoch else set(seen) < own
+
+    def test_are_the_first_steps_of_the_epochs(self):
+        for count in (1, 3, 6, 7):
+            by_steps, by_epochs = schedule([9, 5], steps=count), schedule([9, 5], epochs=4)
+            assert [client[:count] for client in by_steps] == [client[:count] for client in by_epochs]
+
+
+class TestOrder:
+    def test_does_not_depend_on_who_is_trained_beside(self):
+        sizes, clients, starts = [9, 4, 13, 1], [7, 2, 30, 11], [100, 0, 50, 90]
+        together = schedule(sizes, clients=clients, starts=starts, epochs=3)
+        for index in range(4):
+            (alone,) = schedule([sizes[index]], clients=[clients[index]], starts=[starts[index]], epochs=3)
+            assert together[index][: len(alone)] == alone
+            assert not any(together[index][len(alone) :])
+
+    def test_does_not_depend_on_the_place_in_the_chunk(self):
+        sizes, clients, starts = [9, 4, 13, 1], [7, 2, 30, 11], [100, 0, 50, 90]
+        straight = schedule(sizes, clients=clients, starts=starts, epochs=2)
+        back = schedule(sizes[::-1], clients=clients[::-1], starts=starts[::-1], epochs=2)
+        assert straight == back[::-1]
+
+    def test_does_not_depend_on_where_the_examples_are(self):
+        (here,), (there,) = (schedule([9], starts=[start], epochs=2) for start in (0, 1000))
+        assert [[row + 1000 for row in batch] for batch in here] == there
+
+    def test_does_not_depend_on_the_batch_size(self):
+        in_batches = [list(itertools.chain(*schedule([12], epochs=1, batch_size=b)[0])) for b in (1, 4, 5, 12, 50)]
+        assert all(order == in_batches[0] for order in in_batches)
+
+    def test_is_repeatable(self):
+        assert schedule([9, 5], epochs=2) == schedule([9, 5], epochs=2)
+
+    def test_is_the_same_in_a_graph(self):
+        @tf.function
+        def in_graph(round_number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return minibatches(
+                tf.constant([0, 9]),
+                tf.constant([9, 5]),
+                tf.constant([0, 1]),
+                steps=tf.constant(0),
+                epochs=tf.constant(2),
+                batch_size=4,
+                seed=tf.constant(SEED),
+                round_number=round_number,
+            )
+
+        for number in (0, 3):
+            rows, mask = (part.numpy() for part in in_graph(tf.constant(number)))
+            compiled = [
+                [r[m > 0].tolist() for r, m in zip(*pair, strict=True)] for pair in zip(rows, mask, strict=True)
+            ]
+            assert compiled == schedule([9, 5], epochs=2, round_number=number)
+
+    def test_differs_by_round_epoch_client_and_seed(self):
+        # 20 examples: two independent orders agree with probability 4e-19.
+        batches = schedule([20, 20], starts=[0, 0], epochs=2, batch_size=20)
+        later = schedule([20, 20], starts=[0, 0], epochs=2, batch_size=20, round_number=1)
+        reseeded = schedule([20, 20], starts=[0, 0], epochs=2, batch_size=20, seed=stateless_seed(1, Purpose.SHUFFLING))
+        seen = [tuple(batch) for drawn in (batches, later, reseeded) for client in drawn for batch in client]
+        assert len(set(seen)) == len(seen) == 12
+
+    def test_both_words_of_the_seed_count(self):
+        seeds = [(0, 0), (0, 1), (1, 0), (-1, 0), (0, -1), (1, 1), (2**31 - 1, -(2**31))]
+        drawn = {tuple(orders(1, 20, seed=np.int32(seed))[0]) for seed in seeds}
+        assert len(drawn) == len(seeds)
+
+
+class TestUniformity:
+    """Chi-square tests; with random seeds each would fail with probability 1e-6."""
+
+    def assert_uniform(self, orders: np.ndarray) -> None:
+        """Every permutation of four examples equally often."""
+        assert orders.shape[1] == 4
+        _, counts = np.unique(orders @ [64, 16, 4, 1], return_counts=True)
+        assert len(counts) == 24
+        assert stats.chisquare(counts).pvalue >= FALSE_ALARM
+
+    def test_of_positions(self):
+        size, drawn = 8, orders(20_000, 8)
+        counts = np.array([np.bincount(drawn[:, place], minlength=size) for place in range(size)])
+        expected = len(drawn) / size
+        # Row and column sums are fixed: (size - 1) ** 2 degrees of freedom, and this factor.
+        statistic = np.sum((counts - expected) ** 2) / expected * (size - 1) / size
+        assert stats.chi2.sf(statistic, (size - 1) ** 2) >= FALSE_ALARM
+
+    def test_over_clients(self):
+        self.assert_uniform(orders(24_000, 4))
+
+    def test_over_epochs(self):
+        (batches,) = schedule([4], epochs=24_000)
+        self.assert_uniform(np.array(batches))
+
+    @pytest.mark.parametrize("vary", ["round", "seed"])
+    def test_over_rounds_and_seeds(self, vary):
+        @tf.function
+        def order(number: tf.Tensor) -> tf.Tensor:
+            rows, _ = minibatches(
+                tf.constant([0]),
+                tf.constant([4]),
+                tf.constant([0]),
+                steps=tf.constant(0),
+                epochs=tf.constant(1),
+                batch_size=4,
+                seed=tf.stack([number, 7]) if vary == "seed" else tf.constant(SEED),
+                round_number=number if vary == "round" else tf.constant(0),
+            )
+            return rows[0, 0]
+
+        self.assert_uniform(tf.map_fn(order, tf.range(2_400)).numpy())
+
+    def test_successive_epochs_are_independent(self):
+        (batches,) = schedule([4], epochs=24_000)
+        first = np.array(batches)[:, 0]
+        table = np.zeros((4, 4))
+        np.add.at(table, (first[:-1], first[1:]), 1)
+        assert stats.chi2_contingency(table)[1] >= FALSE_ALARM
+
+    def test_neighbouring_clients_are_independent(self):
+        first = orders(24_000, 4)[:, 0]
+        table = np.zeros((4, 4))
+        np.add.at(table, (first[:-1], first[1:]), 1)
+        assert stats.chi2_contingency(table)[1] >= FALSE_ALARM
