@@ -27,7 +27,9 @@ class Config(pydantic.BaseModel):
         try:
             super().__init__(**settings)
         except pydantic.ValidationError as error:
-            raise InputError(_sentence(type(self), error.errors()[0])) from None
+            # A name that is not known goes first: what it was meant for may be reported as missing.
+            complaints = sorted(error.errors(), key=lambda complaint: complaint["type"] != "extra_forbidden")
+            raise InputError(_sentence(type(self), complaints[0])) from None
 
     def replace(self, **settings: Any) -> Any:
         """Returns a copy with other values, validated.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import dp_accounting
@@ -15,6 +14,8 @@ from dpfl.privacy import Guarantee, Privacy, epsilon, noise_multiplier, poisson_
 from dpfl.privacy.accounting import accountant_name
 from dpfl.privacy.target import check_weak_delta
 from dpfl.sampling import Poisson
+
+_SMALLEST_CLIP_NORM, _LARGEST_CLIP_NORM = 1e-9, 1e9
 
 _CENTRAL_ASSUMPTIONS = (
     "The guarantee assumes a server that is trusted with the single updates and keeps secret who took "
@@ -34,7 +35,8 @@ class Gaussian(Config):
     expected cohort.
 
     Attributes:
-        clip_norm: the largest L2 norm of a client's update (all tensors together), positive.
+        clip_norm: the largest L2 norm of a client's update (all tensors together), between 1e-9 and
+            1e9: beyond, squares leave the range of float32 and norms would be wrong.
     """
 
     name: Literal["gaussian"] = "gaussian"
@@ -42,10 +44,10 @@ class Gaussian(Config):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Gaussian:
-        if not (self.clip_norm > 0 and math.isfinite(self.clip_norm)):
+        if not _SMALLEST_CLIP_NORM <= self.clip_norm <= _LARGEST_CLIP_NORM:
             raise InputError(
-                f"the clip norm must be a positive, finite number, but it was {self.clip_norm:g}; "
-                "to train without clipping use the mechanism none."
+                f"the clip norm must be a positive number between {_SMALLEST_CLIP_NORM:g} and {_LARGEST_CLIP_NORM:g}, "
+                f"but it was {self.clip_norm:g}; to train without clipping use the mechanism none."
             )
         return self
 

@@ -9,13 +9,14 @@ discretisation of 1e-4. Renyi-DP (Mironov 2017, 1702.07476) gives larger values.
 from __future__ import annotations
 
 import importlib.metadata
+from typing import get_args
 
 import dp_accounting
-from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from dpfl.errors import InputError
 from dpfl.privacy.memory import remembered
+from dpfl.privacy.pld import FasterPLDAccountant
 from dpfl.privacy.relations import Accountant, Relation
 
 # dp-accounting's own default: a reader who composes the same event there gets the same epsilon.
@@ -31,6 +32,23 @@ def check_delta(delta: float) -> None:
     """Refuses a delta outside (0, 1)."""
     if not 0 < delta < 1:
         raise InputError(f"delta must lie between 0 and 1, both excluded, but it was {delta:g}.")
+
+
+def check_analysis(relation: str, accountant: str) -> None:
+    """Refuses unknown relations and accountants, and pairs of them that have no correct analysis."""
+    for name, value, known in (
+        ("relation", relation, get_args(Relation)),
+        ("accountant", accountant, get_args(Accountant)),
+    ):
+        if value not in known:
+            raise InputError(f"there is no {name} {value!r}: choose {', '.join(known)}.")
+    if accountant == "rdp" and relation == "replace_one":
+        # dp-accounting 0.6 returns the add-or-remove value here, half the true sensitivity
+        # (google/differential-privacy issue 378).
+        raise InputError(
+            "the RDP accountant has no correct analysis of the relation replace_one; "
+            "use the PLD accountant, or the relation add_or_remove_one."
+        )
 
 
 def epsilon(
@@ -60,13 +78,7 @@ def epsilon(
             this relation.
     """
     check_delta(delta)
-    if accountant == "rdp" and relation == "replace_one":
-        # dp-accounting 0.6 returns the add-or-remove value here, half the true sensitivity
-        # (google/differential-privacy issue 378).
-        raise InputError(
-            "the RDP accountant has no correct analysis of the relation replace_one; "
-            "use the PLD accountant, or the relation add_or_remove_one."
-        )
+    check_analysis(relation, accountant)
     return _composed_epsilon(event, delta, relation, accountant, pld_interval, accountant_name(accountant))
 
 
@@ -82,7 +94,7 @@ def _composed_epsilon(
     """Composes the event; `version` is there for the cache, so that another library computes anew."""
     neighbours = dp_accounting.NeighboringRelation[relation.upper()]
     composed = (
-        PLDAccountant(neighbours, pld_interval)
+        FasterPLDAccountant(neighbours, pld_interval)
         if accountant == "pld"
         else RdpAccountant(neighboring_relation=neighbours)
     )

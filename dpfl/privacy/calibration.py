@@ -10,7 +10,7 @@ import dp_accounting
 from scipy import optimize
 
 from dpfl.errors import InputError
-from dpfl.privacy.accounting import PLD_INTERVAL, accountant_name, check_delta, epsilon
+from dpfl.privacy.accounting import PLD_INTERVAL, accountant_name, check_analysis, check_delta, epsilon
 from dpfl.privacy.memory import remembered
 from dpfl.privacy.relations import Accountant, Relation
 from dpfl.privacy.rounding import rounded_up
@@ -43,14 +43,14 @@ def poisson_gaussian(noise_multiplier: float, sampling_rate: float, steps: int) 
 
 
 def check_sampling(sampling_rate: float, steps: int) -> None:
-    """Refuses a sampling rate outside (0, 1] and fewer than one step."""
+    """Refuses a sampling rate outside (0, 1], fewer than one step, and a part of a step."""
     if not 0 < sampling_rate <= 1:
         raise InputError(
             f"the sampling rate must lie between 0 (excluded) and 1, but it was {sampling_rate:g}: "
             "give the expected cohort divided by the number of clients."
         )
-    if steps < 1:
-        raise InputError(f"at least 1 step must be released, but it was {steps}.")
+    if steps < 1 or steps != int(steps):
+        raise InputError(f"at least 1 step must be released, and a whole number of them, but it was {steps}.")
 
 
 def noise_multiplier(
@@ -84,6 +84,7 @@ def noise_multiplier(
             f"but it was {target_epsilon:g}."
         )
     check_delta(delta)
+    check_analysis(relation, accountant)
     check_sampling(sampling_rate, steps)
     return _calibrate(
         float(target_epsilon),

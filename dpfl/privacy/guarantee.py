@@ -46,7 +46,8 @@ class Guarantee:
             return " ".join((f"No differential privacy is guaranteed: {how}.", *self.assumptions))
         return " ".join(
             (
-                f"({rounded_up(self.epsilon, 4):g}, {self.delta:g})-differential privacy at {self.unit} level: "
+                f"({rounded_up(self.epsilon, 4):g}, {rounded_up(self.delta, 4):g})-differential privacy at "
+                f"{self.unit} level: "
                 f"the distribution of {self.released} changes by at most this epsilon and delta when "
                 f"{UNIT_IN_WORDS[self.unit]} {RELATION_IN_WORDS[self.relation]} (relation {self.relation}).",
                 f"It comes from {how}; epsilon by the accountant {self.accountant}.",

@@ -25,7 +25,10 @@ def remembered(function: Function) -> Function:
     def remembering(*arguments: Any) -> Any:
         if not kept_on_disk:
             kept_on_disk.append(_on_disk(function))
-        return kept_on_disk[0](*arguments)
+        try:
+            return kept_on_disk[0](*arguments)
+        except OSError:  # A full disk must not stop the accountant.
+            return function(*arguments)
 
     return functools.wraps(function)(remembering)  # type: ignore[return-value]
 

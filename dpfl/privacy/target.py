@@ -9,6 +9,7 @@ import pydantic
 
 from dpfl.config import Config
 from dpfl.errors import InputError
+from dpfl.privacy.accounting import check_analysis, check_delta
 from dpfl.privacy.relations import Accountant, Relation
 
 
@@ -36,13 +37,8 @@ class Privacy(Config):
     def _check(self) -> Privacy:
         if self.epsilon is not None and not (self.epsilon > 0 and math.isfinite(self.epsilon)):
             raise InputError(f"epsilon must be a positive number, or none for no noise, but it was {self.epsilon:g}.")
-        if not 0 < self.delta < 1:
-            raise InputError(f"delta must lie between 0 and 1, both excluded, but it was {self.delta:g}.")
-        if self.relation == "replace_one" and self.accountant == "rdp":
-            raise InputError(
-                "the RDP accountant has no correct analysis of the relation replace_one; "
-                "use the PLD accountant, or the relation add_or_remove_one."
-            )
+        check_delta(self.delta)
+        check_analysis(self.relation, self.accountant)
         return self
 
 
