@@ -44,13 +44,15 @@ def minibatches(
     draws = _hash(seed, round_number, clients, most_epochs, most_examples)
     position = tf.range(most_examples)
     is_padding = position[None, None, :] >= sizes[:, None, None]
-    order = tf.argsort(tf.where(is_padding, tf.int64.max, draws))
+    # Only so many examples of an epoch's order are ever seen: a partial sort spares large clients the rest.
+    seen = tf.reduce_max(tf.minimum(sizes, wanted * batch_size))
+    order = tf.math.top_k(-tf.where(is_padding, tf.int64.max, draws), seen).indices
 
     step = tf.range(tf.reduce_max(wanted))[None, :]
     epoch, batch = step // per_epoch[:, None], step % per_epoch[:, None]
     within = batch[:, :, None] * batch_size + tf.range(batch_size)
     counts = (within < sizes[:, None, None]) & (step < wanted[:, None])[:, :, None]
-    flat = tf.minimum(epoch, most_epochs - 1)[:, :, None] * most_examples + tf.minimum(within, most_examples - 1)
+    flat = tf.minimum(epoch, most_epochs - 1)[:, :, None] * seen + tf.minimum(within, seen - 1)
     chosen = tf.gather(tf.reshape(order, [tf.shape(sizes)[0], -1]), flat, batch_dims=1)
     rows = starts[:, None, None] + tf.where(counts, chosen, 0)
     return rows, tf.cast(counts, tf.float32)
