@@ -57,7 +57,6 @@ class TestUnknownFields:
     def test_without_a_near_one_all_are_named(self):
         assert refusal(Inner, colour=1) == "'colour' is not a setting of Inner: known are size, rate."
 
-    @pytest.mark.xfail(strict=True, reason="pydantic's first complaint wins: the missing field hides the misspelt one")
     @pytest.mark.parametrize(
         ("make", "wrong", "near"),
         [(Poisson, "cohrt", "cohort"), (Gaussian, "clipnorm", "clip_norm"), (Privacy, "epsilom", "epsilon")],
@@ -115,7 +114,7 @@ class TestWrongValues:
 
     def test_a_nested_groups_own_sentence_is_kept(self):
         message = refusal(Outer, count=1, mechanism={"name": "gaussian", "clip_norm": -1})
-        assert message.startswith("the clip norm must be a positive, finite number, but it was -1")
+        assert message.startswith("the clip norm must be a positive number between")
 
     def test_local_training_needs_exactly_one_of_epochs_and_steps(self):
         for settings in ({}, {"epochs": 1, "steps": 1}):

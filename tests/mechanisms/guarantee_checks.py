@@ -83,6 +83,7 @@ def wicked_records(clip: float) -> tuple[Any, list[Any]]:
         record(1e-30, -1e-30, 1e-38),
         record(3 * clip, -5 * clip, 7 * clip),
         record(-30 * clip, 50 * clip, -70 * clip),
+        record(0, 1.0001 * clip * one_hot, 0),  # just beyond the clip
         record(1e15, 1e-15, -1e15),
         record(1e18, 0, 0),
         record(1e30, 1e30, 1e30),  # finite, but its norm is not in float32

@@ -5,7 +5,6 @@ happened in somebody's code (DESIGN.md, "Ways the guarantee is lost").
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -261,19 +260,16 @@ class WithReplacement(Poisson):
         return np.sort(draws.choice(population, draws.poisson(self.cohort))).astype(np.int32)
 
 
-@functools.cache
-def shuffled_cohorts(population: int, rate: float, seed: int) -> list[np.ndarray]:
-    draws = generator(seed, Purpose.SAMPLING)
-    ends = draws.binomial(population, rate, 3000).cumsum()
-    order = np.concatenate([draws.permutation(population) for _ in range(ends[-1] // population + 1)])
-    return [np.unique(cohort).astype(np.int32) for cohort in np.split(order, ends)]
-
-
 class Shuffled(Poisson):
-    """Passes over shuffled clients in cohorts of binomial size."""
+    """Passes over the clients: each takes part once in a pass, in a round of it by chance.
+
+    Each round taken alone is a Poisson sample; that a client is spared after its turn gives it away.
+    """
 
     def clients(self, seed: int, round_number: int, population: int) -> np.ndarray:
-        return shuffled_cohorts(population, self.cohort / population, seed)[round_number]
+        rounds = population // self.cohort
+        turns = generator(seed, Purpose.SAMPLING, round_number // rounds).integers(0, rounds, population)
+        return np.flatnonzero(turns == round_number % rounds).astype(np.int32)
 
 
 class SameEveryRound(Poisson):

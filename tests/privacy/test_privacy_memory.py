@@ -179,7 +179,6 @@ class TestAcrossProcesses:
         assert float(answered.stdout) == ANSWER, answered.stderr
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.xfail(strict=True, reason="joblib's OSError escapes when the disk is full or over quota")
     def test_a_full_disk_is_no_obstacle(self, tmp_path):
         # No file may grow beyond zero bytes: every write fails as it would on a full disk.
         full = "import dpfl.privacy, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
