@@ -14,8 +14,8 @@ from dpfl.errors import InputError
 class Config(pydantic.BaseModel):
     """An immutable group of settings that is validated when it is made.
 
-    Unknown fields are refused. Equality is by value; `model_copy` is replaced by `replace`, which
-    validates again.
+    Unknown fields are refused, and equality is by value. `replace` makes a changed copy and validates
+    it, which pydantic's own `model_copy` does not.
 
     Raises:
         InputError: one sentence for the first setting that is wrong.
@@ -40,8 +40,8 @@ class Config(pydantic.BaseModel):
         values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         nested: dict[str, dict[str, Any]] = {}
         for path, value in settings.items():
-            name, _, rest = path.partition(".")
-            if name not in values:
+            name, dot, rest = path.partition(".")
+            if name not in values or (dot and not rest):
                 raise InputError(_unknown_field(type(self), path, name))
             if rest:
                 nested.setdefault(name, {})[rest] = value
@@ -72,5 +72,8 @@ def _sentence(config: type[Config], error: pydantic_core.ErrorDetails) -> str:
         return _unknown_field(config, path, path)
     if error["type"] == "missing":
         return f"{config.__name__} lacks '{path}': give it a value."
+    if error["type"].startswith("union_tag"):
+        known = context.get("expected_tags", "its name")
+        return f"{path} must be given by {known}, but it was {error['input']!r}."
     complaint = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{path or config.__name__} {complaint}, but it was {error['input']!r}."

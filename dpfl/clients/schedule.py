@@ -38,30 +38,33 @@ def minibatches(
     """
     per_epoch = (sizes + batch_size - 1) // batch_size
     wanted = tf.where(steps > 0, tf.fill(tf.shape(sizes), steps), epochs * per_epoch)
-    most_epochs = tf.reduce_max((wanted + per_epoch - 1) // per_epoch)
-    most_examples = tf.reduce_max(sizes)
+    whole_epochs = (wanted - 1) // per_epoch
+    in_last_epoch = tf.minimum((wanted - whole_epochs * per_epoch) * batch_size, sizes)
+    seen = tf.reduce_max(whole_epochs * sizes + in_last_epoch)
 
-    draws = _hash(seed, round_number, clients, most_epochs, most_examples)
-    position = tf.range(most_examples)
-    is_padding = position[None, None, :] >= sizes[:, None, None]
-    # Only so many examples of an epoch's order are ever seen: a partial sort spares large clients the rest.
-    seen = tf.reduce_max(tf.minimum(sizes, wanted * batch_size))
-    order = tf.math.top_k(-tf.where(is_padding, tf.int64.max, draws), seen).indices
+    # Each client's epochs stand one behind the other, so that large and small clients share a layout
+    # without a place for every epoch of the smallest times every example of the largest.
+    lengths = (whole_epochs + 1) * sizes
+    place = tf.range(tf.reduce_max(lengths))[None, :]
+    epoch, example = place // sizes[:, None], place % sizes[:, None]
+    draws = _hash(seed, round_number, clients[:, None], epoch, example)
+    by_epoch = tf.bitwise.left_shift(tf.cast(epoch, tf.int64), tf.constant(40, tf.int64)) + draws
+    keys = tf.where(place < lengths[:, None], by_epoch, tf.int64.max)
+    # Only so many places are ever seen: a partial sort spares large clients the rest.
+    order = tf.math.top_k(-keys, seen).indices % sizes[:, None]
 
     step = tf.range(tf.reduce_max(wanted))[None, :]
-    epoch, batch = step // per_epoch[:, None], step % per_epoch[:, None]
-    within = batch[:, :, None] * batch_size + tf.range(batch_size)
+    within = (step % per_epoch[:, None])[:, :, None] * batch_size + tf.range(batch_size)
     counts = (within < sizes[:, None, None]) & (step < wanted[:, None])[:, :, None]
-    flat = tf.minimum(epoch, most_epochs - 1)[:, :, None] * seen + tf.minimum(within, seen - 1)
-    chosen = tf.gather(tf.reshape(order, [tf.shape(sizes)[0], -1]), flat, batch_dims=1)
-    rows = starts[:, None, None] + tf.where(counts, chosen, 0)
-    return rows, tf.cast(counts, tf.float32)
+    looked_up = (step // per_epoch[:, None] * sizes[:, None])[:, :, None] + within
+    chosen = tf.gather(order, tf.where(counts, looked_up, 0), batch_dims=1)
+    return starts[:, None, None] + tf.where(counts, chosen, 0), tf.cast(counts, tf.float32)
 
 
 def _hash(
-    seed: tf.Tensor, round_number: tf.Tensor, clients: tf.Tensor, epochs: tf.Tensor, examples: tf.Tensor
+    seed: tf.Tensor, round_number: tf.Tensor, client: tf.Tensor, epoch: tf.Tensor, example: tf.Tensor
 ) -> tf.Tensor:
-    """Uniform non-negative int64 values, (clients, epochs, examples), each a function of its own indices.
+    """Uniform int64 values from 0 to 2 ** 40 - 1, each a function of its own indices, which broadcast.
 
     SplitMix64's finaliser (Steele et al. 2014, OOPSLA) as a counter-based generator, because
     TensorFlow's stateless generators take one seed a call and would tie a client's order to its
@@ -77,7 +80,5 @@ def _hash(
 
     words = tf.bitcast(seed, tf.uint32)
     state = mix(mix(tf.cast(words[0], tf.uint64), words[1]), round_number)
-    by_client = mix(state, clients)
-    by_epoch = mix(by_client[:, None], tf.range(epochs)[None, :])
-    values = mix(by_epoch[:, :, None], tf.range(examples)[None, None, :])
-    return tf.bitcast(tf.bitwise.right_shift(values, tf.constant(1, tf.uint64)), tf.int64)
+    values = mix(mix(mix(state, client), epoch), example)
+    return tf.bitcast(tf.bitwise.right_shift(values, tf.constant(24, tf.uint64)), tf.int64)

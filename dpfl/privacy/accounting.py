@@ -12,6 +12,7 @@ import importlib.metadata
 from typing import get_args
 
 import dp_accounting
+from absl import logging
 from dp_accounting.rdp import RdpAccountant
 
 from dpfl.errors import InputError
@@ -79,7 +80,7 @@ def epsilon(
     """
     check_delta(delta)
     check_analysis(relation, accountant)
-    return _composed_epsilon(event, delta, relation, accountant, pld_interval, accountant_name(accountant))
+    return _composed_epsilon(event, delta, relation, accountant, pld_interval)
 
 
 @remembered
@@ -89,15 +90,15 @@ def _composed_epsilon(
     relation: Relation,
     accountant: Accountant,
     pld_interval: float,
-    version: str,
 ) -> float:
-    """Composes the event; `version` is there for the cache, so that another library computes anew."""
     neighbours = dp_accounting.NeighboringRelation[relation.upper()]
     composed = (
         FasterPLDAccountant(neighbours, pld_interval)
         if accountant == "pld"
         else RdpAccountant(neighboring_relation=neighbours)
     )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orders for which RDP's series does not converge are left out.
     try:
         composed.compose(event)
     except dp_accounting.UnsupportedEventError:
@@ -105,4 +106,6 @@ def _composed_epsilon(
             f"the {accountant.upper()} accountant has no analysis of {type(event).__name__} under the "
             f"relation {relation}; choose another accountant or relation."
         ) from None
+    finally:
+        logging.set_verbosity(verbosity)
     return float(composed.get_epsilon(delta))

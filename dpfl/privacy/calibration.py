@@ -10,7 +10,7 @@ import dp_accounting
 from scipy import optimize
 
 from dpfl.errors import InputError
-from dpfl.privacy.accounting import PLD_INTERVAL, accountant_name, check_analysis, check_delta, epsilon
+from dpfl.privacy.accounting import PLD_INTERVAL, check_analysis, check_delta, epsilon
 from dpfl.privacy.memory import remembered
 from dpfl.privacy.relations import Accountant, Relation
 from dpfl.privacy.rounding import rounded_up
@@ -19,7 +19,9 @@ _LARGEST_EPSILON = 100.0
 # The calibrated epsilon lies between (1 - _SLACK) of the target and the target.
 _SLACK = 1e-3
 _SMALLEST_NOISE, _LARGEST_NOISE = 0.02, 1e5
+_LEAST_ACCOUNTABLE_NOISE = 0.01  # with less, the privacy loss takes more values than memory holds
 _SIGNIFICANT_DIGITS = 6
+_NARROWEST = 1e-5  # of a bracket in log noise, above the rounding to six digits
 
 
 def poisson_gaussian(noise_multiplier: float, sampling_rate: float, steps: int) -> dp_accounting.DpEvent:
@@ -33,8 +35,11 @@ def poisson_gaussian(noise_multiplier: float, sampling_rate: float, steps: int) 
     Raises:
         InputError: the sampling rate is outside (0, 1], steps is below 1, or the noise is negative.
     """
-    if not noise_multiplier >= 0:
-        raise InputError(f"the noise multiplier must be 0 or more, but it was {noise_multiplier:g}.")
+    if noise_multiplier != 0 and not _LEAST_ACCOUNTABLE_NOISE <= noise_multiplier < math.inf:
+        raise InputError(
+            f"the noise multiplier must be 0 (no noise), or finite and at least {_LEAST_ACCOUNTABLE_NOISE:g}, "
+            f"but it was {noise_multiplier:g}."
+        )
     check_sampling(sampling_rate, steps)
     gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
     if sampling_rate < 1:
@@ -49,7 +54,7 @@ def check_sampling(sampling_rate: float, steps: int) -> None:
             f"the sampling rate must lie between 0 (excluded) and 1, but it was {sampling_rate:g}: "
             "give the expected cohort divided by the number of clients."
         )
-    if steps < 1 or steps != int(steps):
+    if not steps >= 1 or steps % 1 != 0:
         raise InputError(f"at least 1 step must be released, and a whole number of them, but it was {steps}.")
 
 
@@ -64,8 +69,8 @@ def noise_multiplier(
 ) -> float:
     """Returns the smallest noise multiplier that keeps a target, rounded up to six digits.
 
-    The epsilon of the result (`dpfl.privacy.epsilon` of `poisson_gaussian`) is at most the target
-    and at most 0.1 % below it. Answers are kept in the user's cache folder.
+    The epsilon of the result (`dpfl.privacy.epsilon` of `poisson_gaussian`) is at most the target,
+    and at most 0.1 % below it unless epsilon jumps there, as RDP's may. Answers are kept in the user's cache folder.
 
     Args:
         target_epsilon: the epsilon that must not be exceeded, positive.
@@ -86,15 +91,7 @@ def noise_multiplier(
     check_delta(delta)
     check_analysis(relation, accountant)
     check_sampling(sampling_rate, steps)
-    return _calibrate(
-        float(target_epsilon),
-        float(delta),
-        float(sampling_rate),
-        int(steps),
-        relation,
-        accountant,
-        accountant_name(accountant),
-    )
+    return _calibrate(float(target_epsilon), float(delta), float(sampling_rate), int(steps), relation, accountant)
 
 
 @remembered
@@ -105,12 +102,8 @@ def _calibrate(
     steps: int,
     relation: Relation,
     accountant: Accountant,
-    version: str,
 ) -> float:
-    """Finds the root on a coarse grid, then moves it until the fine grid confirms it.
-
-    `version` is there for the cache, so that another accountant's library computes anew.
-    """
+    """Finds the root on a coarse grid, then moves it until the fine grid confirms it."""
 
     def log_excess(log_noise: float, interval: float) -> float:
         """Log of (epsilon / target): positive where the target is exceeded."""
@@ -125,18 +118,22 @@ def _calibrate(
     root = optimize.brentq(log_excess, low, high, args=(coarse,), xtol=1e-5)
 
     # Epsilon falls roughly as noise ** -slope; from here each step starts at a confirmed distance.
-    slope = (log_excess(root, coarse) - log_excess(root + 0.01, coarse)) / 0.01
-    aim = -_SLACK / 2
-    for _ in range(20):
+    slope = max((log_excess(root, coarse) - log_excess(root + 0.01, coarse)) / 0.01, 0.5)
+    too_little, enough = -math.inf, math.inf
+    while True:
         noise = rounded_up(math.exp(root), _SIGNIFICANT_DIGITS)
-        excess = log_excess(math.log(noise), PLD_INTERVAL)
-        if -_SLACK <= excess <= 0:
-            return noise
-        root = math.log(noise) + (excess - aim) / slope
-    raise InputError(
-        f"no noise multiplier was found for epsilon {target:g} at delta {delta:g}: the accountant's answers "
-        "are not monotone there; choose a larger delta or a moderate epsilon."
-    )
+        tried = math.log(noise)
+        excess = log_excess(tried, PLD_INTERVAL)
+        if excess <= 0:
+            enough = min(enough, tried)
+        else:
+            too_little = max(too_little, tried)
+        # Where epsilon jumps, nothing lies closer below the target than the safe side of the jump.
+        if -_SLACK <= excess <= 0 or enough - too_little < _NARROWEST:
+            return rounded_up(math.exp(enough), _SIGNIFICANT_DIGITS)
+        root = tried + (excess + _SLACK / 2) / slope
+        if not too_little < root < enough:
+            root = (too_little + enough) / 2
 
 
 def _central_limit_noise(target: float, delta: float, sampling_rate: float, steps: int) -> float:

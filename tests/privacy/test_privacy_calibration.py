@@ -133,3 +133,29 @@ class TestRefusals:
 
     def test_a_fraction_of_a_step(self):
         assert "a whole number of them" in refusal(1, 1e-5, steps=1.9, sampling_rate=1)
+
+
+class TestHardTargets:
+    def test_where_epsilon_jumps_the_safe_side_is_taken(self):
+        settings = {"sampling_rate": 1.5615e-4, "steps": 66}
+        noise = noise_multiplier(0.0267511, 1.99e-8, **settings, accountant="rdp")
+        assert epsilon(poisson_gaussian(noise, **settings), 1.99e-8, accountant="rdp") <= 0.0267511
+        assert epsilon(poisson_gaussian(noise * 0.999, **settings), 1.99e-8, accountant="rdp") > 0.0267511
+
+    def test_where_delta_exceeds_the_sampling_rate_no_noise_is_needed(self):
+        message = refusal(0.712788, 0.00913469, sampling_rate=0.00184771, steps=1)
+        assert "hardly any noise is needed" in message
+
+    @pytest.mark.parametrize("noise", [1e-3, -1, float("nan"), float("inf")])
+    def test_noise_that_no_accountant_can_take_is_refused(self, noise):
+        with pytest.raises(InputError, match="noise multiplier must be 0"):
+            poisson_gaussian(noise, 0.1, 1)
+
+    @pytest.mark.parametrize("steps", [float("nan"), float("inf"), 0, 1.5])
+    def test_steps_are_whole(self, steps):
+        with pytest.raises(InputError, match="at least 1 step"):
+            poisson_gaussian(1, 0.1, steps)
+
+    def test_rdp_is_silent(self, capfd):
+        noise_multiplier(1, 1e-5, sampling_rate=0.1, steps=1, accountant="rdp")
+        assert capfd.readouterr().err == ""

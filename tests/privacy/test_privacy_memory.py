@@ -93,7 +93,7 @@ class Doubling:
 
 class TestRemembered:
     def test_a_kept_answer_is_a_fresh_one(self):
-        arguments = (2.0, 1e-5, 1.0, 4, "add_or_remove_one", "rdp", "a version")
+        arguments = (2.0, 1e-5, 1.0, 4, "add_or_remove_one", "rdp")
         assert _calibrate(*arguments) == _calibrate(*arguments) == _calibrate.__wrapped__(*arguments) == ANSWER
 
     @pytest.mark.usefixtures("cache")
@@ -134,25 +134,24 @@ class TestRemembered:
         assert doubling.asked == [3]
         assert not list(recwarn)
 
+    @pytest.mark.usefixtures("cache")
     def test_another_version_of_the_library_is_asked_anew(self, monkeypatch):
-        import dpfl.privacy.accounting as accounting
+        doubling = Doubling()
+        doubling.new_process()(3)
+        monkeypatch.setattr(memory.importlib.metadata, "version", lambda name: "99.9")
+        doubling.new_process()(3)
+        assert doubling.asked == [3, 3]
 
-        asked = []
-        true = accounting.RdpAccountant
-
-        def counted(*arguments: object, **settings: object) -> object:
-            asked.append(arguments)
-            return true(*arguments, **settings)
-
-        monkeypatch.setattr(accounting, "RdpAccountant", counted)
-        first = noise_multiplier(3, 1e-5, sampling_rate=1, steps=7, accountant="rdp")
-        count = len(asked)
-        assert count
-        assert noise_multiplier(3, 1e-5, sampling_rate=1, steps=7, accountant="rdp") == first
-        assert len(asked) == count
-        monkeypatch.setattr(accounting.importlib.metadata, "version", lambda name: "99.9")
-        assert noise_multiplier(3, 1e-5, sampling_rate=1, steps=7, accountant="rdp") == first
-        assert len(asked) > count
+    @pytest.mark.usefixtures("cache")
+    def test_other_sources_of_the_accounting_are_asked_anew(self, monkeypatch, tmp_path):
+        doubling = Doubling()
+        sources = tmp_path / "privacy"
+        sources.mkdir()
+        monkeypatch.setattr(memory, "__file__", str(sources / "memory.py"))
+        for text in ("steps", "steps", "2 * steps"):
+            (sources / "calibration.py").write_text(text)
+            doubling.new_process()(3)
+        assert doubling.asked == [3, 3]
 
 
 @NEEDS_XDG
@@ -189,4 +188,4 @@ class TestAcrossProcesses:
         kept = [json.loads(path.read_text()) for path in (filled / "dpfl").rglob("_calibrate/*/metadata.json")]
         assert len(kept) == 1
         assert kept[0]["input_args"]["target"] == "2.0"
-        assert "RDP (dp-accounting" in kept[0]["input_args"]["version"]
+        assert kept[0]["input_args"]["accountant"] == "'rdp'"
