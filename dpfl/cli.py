@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich import box
@@ -42,6 +42,19 @@ SamplingRateOption = Annotated[
 ]
 StepsOption = Annotated[int, typer.Option(help="Noisy sums released: rounds (user) or local steps (example).")]
 DeltaOption = Annotated[float, typer.Option(help="Probability mass outside the epsilon bound, (0, 1).")]
+
+
+class _Grid(NamedTuple):
+    """What `tradeoff` varies unless it is told."""
+
+    epsilon: str
+    clip_norm: str
+    rounds: str
+    local_work: int
+
+
+_DEFAULT_GRID = _Grid("0.5,1,2,4,8,none", "0.1,0.25,0.5,1,2", "10,30,100,300", 300)
+_QUICK_GRID = _Grid("1,8,none", "0.5", "10,30", 30)
 
 
 def main() -> None:
@@ -132,13 +145,18 @@ def tradeoff(
     ] = False,
     model: Annotated[str, typer.Option(help="softmax, mlp or cnn.")] = "softmax",
     epsilon: Annotated[
-        str, typer.Option(help="Epsilons; none clips without noise and adds plain averaging.")
-    ] = "0.5,1,2,4,8,none",
-    clip_norm: Annotated[str, typer.Option(help="Clip norms: largest L2 norms of an update.")] = "0.1,0.25,0.5,1,2",
+        str | None,
+        typer.Option(help="Epsilons; none clips without noise and adds plain averaging. [0.5,1,2,4,8,none]"),
+    ] = None,
+    clip_norm: Annotated[
+        str | None, typer.Option(help="Clip norms: largest L2 norms of an update. [0.1,0.25,0.5,1,2]")
+    ] = None,
     rounds: Annotated[
-        str, typer.Option(help="Numbers of rounds; the more, the fewer local steps in each.")
-    ] = "10,30,100,300",
-    local_work: Annotated[int, typer.Option(help="Local steps of a client over all rounds, held fixed.")] = 300,
+        str | None, typer.Option(help="Numbers of rounds; the more, the fewer local steps in each. [10,30,100,300]")
+    ] = None,
+    local_work: Annotated[
+        int | None, typer.Option(help="Local steps of a client over all rounds, held fixed. [300]")
+    ] = None,
     delta: Annotated[float | None, typer.Option(help="Delta. [the largest power of ten below 1 / clients]")] = None,
     relation: RelationOption = "add_or_remove_one",
     accountant: AccountantOption = "pld",
@@ -159,9 +177,7 @@ def tradeoff(
     out: Annotated[Path, typer.Option(help="Folder for tables and figures; finished runs in it are kept.")] = Path(
         "runs/tradeoff"
     ),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A smoke run: a small grid, in place of the grid's options.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run: a small grid where no other is given.")] = False,
 ) -> None:
     """Train over epsilon x clip norm x number of rounds, and chart accuracy against privacy."""
     import dpfl.data
@@ -169,33 +185,36 @@ def tradeoff(
     from dpfl.simulation import ServerOptimizer
     from dpfl.study import tradeoff as tradeoff_study
 
-    if quick:
-        epsilon, clip_norm, rounds, local_work, seeds = "1,8,none", "0.5", "10,30", 30, 2
     federated = dpfl.data.load(
         data,
         clients=clients,
         partition=partition,
         client=client_column,
         label=label_column,
-        features=None if features is None else features.split(","),
+        features=None if features is None else [name.strip() for name in features.split(",")],
         standardize=standardize or None,
     )
     print(federated.summary())
+    grid = _QUICK_GRID if quick else _DEFAULT_GRID
+
+    def given(option: Any, default: Any) -> Any:
+        return default if option is None else option
+
     study = tradeoff_study(
         federated,
         model=model,
-        epsilons=_numbers("epsilon", epsilon, float, none_allowed=True),
-        clip_norms=_numbers("clip-norm", clip_norm, float),
-        rounds=_numbers("rounds", rounds, int),
-        local_work=local_work,
+        epsilons=_numbers("epsilon", given(epsilon, grid.epsilon), float, none_allowed=True),
+        clip_norms=_numbers("clip-norm", given(clip_norm, grid.clip_norm), float),
+        rounds=_numbers("rounds", given(rounds, grid.rounds), int),
+        local_work=given(local_work, grid.local_work),
         privacy=Privacy(
             epsilon=None,
-            delta=_default_delta(federated.num_clients) if delta is None else delta,
+            delta=given(delta, _default_delta(federated.num_clients)),
             relation=relation,
             accountant=accountant,
             allow_weak_delta=allow_weak_delta,
         ),
-        cohort=max(1, round(0.3 * federated.num_clients)) if cohort is None else cohort,
+        cohort=given(cohort, max(1, round(0.3 * federated.num_clients))),
         batch_size=batch_size,
         learning_rate=learning_rate,
         server=ServerOptimizer(name=server_optimizer, learning_rate=server_learning_rate),

@@ -9,6 +9,8 @@ for simulation; a deployment draws its noise from a cryptographic source.
 from __future__ import annotations
 
 import enum
+import operator
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +30,19 @@ class Purpose(enum.IntEnum):
     SYNTHESIS = 8
 
 
+def check_seed(seed: Any) -> int:
+    """Returns the seed as an integer; refuses what is none, or not from 0 to 2 ** 64 - 1."""
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        raise InputError(f"a seed must be a whole number, but it was {seed!r}.") from None
+    if not 0 <= value < 2**64:
+        raise InputError(f"a seed must be a whole number of at least 0 and below 2 ** 64, but it was {seed}.")
+    return value
+
+
 def _sequence(seed: int, purpose: Purpose, *path: int) -> np.random.SeedSequence:
-    if seed < 0:
-        raise InputError(f"a seed must be a whole number of at least 0, but it was {seed}.")
+    check_seed(seed)
     return np.random.SeedSequence(entropy=seed, spawn_key=(int(purpose), *path))
 
 

@@ -20,6 +20,8 @@ _SMALLEST_CLIP_NORM, _LARGEST_CLIP_NORM = 1e-9, 1e9
 _CENTRAL_ASSUMPTIONS = (
     "The guarantee assumes a server that is trusted with the single updates and keeps secret who took "
     "part in which round.",
+    "The number of clients, and with it the sampling rate, counts as public, and the split into training and held-out "
+    "examples as fixed.",
     "It does not cover figures measured along the way (accuracies, losses, update norms), nor the choice of "
     "hyperparameters by looking at them.",
     "The noise is a pseudo-random function, in float32, of the run's seed: whoever knows the seed can take it off, and "

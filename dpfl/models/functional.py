@@ -50,12 +50,28 @@ class FunctionalModel:
     ) -> None:
         self._example_shape = tuple(example_shape)
         self._num_classes = num_classes
+        try:
+            self._take(model, num_classes)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the model cannot be trained on examples of shape {self._example_shape}: "
+                f"{str(error).strip().splitlines()[0].rstrip('.')}."
+            ) from error
+
+    def _take(self, model: str | ModelBuilder | tf.keras.Model, num_classes: int) -> None:
         self._given_weights: list[np.ndarray] | None = None
         self._builder = self._make_builder(model, num_classes)
         template, created = self._build_template(seed=0)
         self._check_output(template, num_classes)
         trainable = {id(variable) for variable in template.trainable_variables}
         self._is_trainable = [id(variable) in trainable for variable in created]
+        if not any(self._is_trainable):
+            raise InputError(
+                "the model has no trainable weights of its own: a function must make a new model at each call, with at "
+                "least one layer that trains."
+            )
         if isinstance(model, tf.keras.Model):
             # A rebuilt model creates its weights in the same order as it lists them.
             position = {id(variable): index for index, variable in enumerate(template.weights)}
@@ -129,6 +145,8 @@ class FunctionalModel:
             check_named(model, self._example_shape)
             return lambda: NAMED[model](self._example_shape, num_classes)
         if isinstance(model, tf.keras.Model):
+            if not model.built:
+                model(tf.zeros((1, *self._example_shape)))
             try:
                 config = model.get_config()
             except NotImplementedError:
@@ -163,16 +181,11 @@ class FunctionalModel:
             return variable
 
         with _keras_seed(seed), tf.variable_creator_scope(record):
-            try:
-                model = self._build()
-                self._output_shape = tuple(model(tf.zeros((1, *self._example_shape))).shape)
-            except InputError:
-                raise
-            except Exception as error:
-                raise InputError(
-                    f"the model could not be built for examples of shape {self._example_shape}: "
-                    f"{str(error).splitlines()[0]}"
-                ) from error
+            model = self._build()
+            output = model(tf.zeros((1, *self._example_shape)))
+        if not tf.is_tensor(output):
+            raise InputError(f"the model must have one output, logits, but it gives a {type(output).__name__}.")
+        self._output_shape = tuple(output.shape)
         for layer in _layers(model):
             if isinstance(layer, tf.keras.layers.BatchNormalization):
                 raise InputError(

@@ -22,6 +22,7 @@ from dpfl.privacy.relations import Accountant, Relation
 
 # dp-accounting's own default: a reader who composes the same event there gets the same epsilon.
 PLD_INTERVAL = 1e-4
+LARGEST_EPSILON = 100.0
 
 
 def accountant_name(accountant: Accountant) -> str:
@@ -33,6 +34,15 @@ def check_delta(delta: float) -> None:
     """Refuses a delta outside (0, 1)."""
     if not 0 < delta < 1:
         raise InputError(f"delta must lie between 0 and 1, both excluded, but it was {delta:g}.")
+
+
+def check_epsilon(target: float) -> None:
+    """Refuses a target epsilon outside (0, 100]."""
+    if not 0 < target <= LARGEST_EPSILON:
+        raise InputError(
+            f"epsilon must be a positive number up to {LARGEST_EPSILON:g}, beyond which nobody is protected, "
+            f"but it was {target:g}."
+        )
 
 
 def check_analysis(relation: str, accountant: str) -> None:
@@ -105,6 +115,11 @@ def _composed_epsilon(
         raise InputError(
             f"the {accountant.upper()} accountant has no analysis of {type(event).__name__} under the "
             f"relation {relation}; choose another accountant or relation."
+        ) from None
+    except MemoryError:
+        raise InputError(
+            f"the {accountant.upper()} accountant needs more memory for this than there is; "
+            "take fewer steps or more noise, or the RDP accountant."
         ) from None
     finally:
         logging.set_verbosity(verbosity)

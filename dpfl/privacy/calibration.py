@@ -10,12 +10,11 @@ import dp_accounting
 from scipy import optimize
 
 from dpfl.errors import InputError
-from dpfl.privacy.accounting import PLD_INTERVAL, check_analysis, check_delta, epsilon
+from dpfl.privacy.accounting import PLD_INTERVAL, check_analysis, check_delta, check_epsilon, epsilon
 from dpfl.privacy.memory import remembered
 from dpfl.privacy.relations import Accountant, Relation
 from dpfl.privacy.rounding import rounded_up
 
-_LARGEST_EPSILON = 100.0
 # The calibrated epsilon lies between (1 - _SLACK) of the target and the target.
 _SLACK = 1e-3
 _SMALLEST_NOISE, _LARGEST_NOISE = 0.02, 1e5
@@ -83,14 +82,16 @@ def noise_multiplier(
     Raises:
         InputError: a value is out of range, or no noise multiplier up to 100,000 meets the target.
     """
-    if not 0 < target_epsilon <= _LARGEST_EPSILON:
-        raise InputError(
-            f"epsilon must lie between 0 (excluded) and {_LARGEST_EPSILON:g}, beyond which nobody is protected, "
-            f"but it was {target_epsilon:g}."
-        )
+    check_epsilon(target_epsilon)
     check_delta(delta)
     check_analysis(relation, accountant)
     check_sampling(sampling_rate, steps)
+    ever_sampled = 1 - (1 - sampling_rate) ** steps
+    if delta >= ever_sampled:
+        raise InputError(
+            f"delta {delta:g} is not below the probability {ever_sampled:.3g} that a unit takes part at all, so that "
+            "no noise would be needed and nobody would be protected; choose a smaller delta."
+        )
     return _calibrate(float(target_epsilon), float(delta), float(sampling_rate), int(steps), relation, accountant)
 
 

@@ -49,7 +49,8 @@ class Guarantee:
                 f"({rounded_up(self.epsilon, 4):g}, {rounded_up(self.delta, 4):g})-differential privacy at "
                 f"{self.unit} level: "
                 f"the distribution of {self.released} changes by at most this epsilon and delta when "
-                f"{UNIT_IN_WORDS[self.unit]} {RELATION_IN_WORDS[self.relation]} (relation {self.relation}).",
+                f"{UNIT_IN_WORDS[self.unit]} {RELATION_IN_WORDS[self.relation]} in the training data (relation "
+                f"{self.relation}).",
                 f"It comes from {how}; epsilon by the accountant {self.accountant}.",
                 *self.assumptions,
             )

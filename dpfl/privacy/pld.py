@@ -59,9 +59,9 @@ def _divergences(loss: GaussianPrivacyLoss, epsilons: np.ndarray) -> np.ndarray:
     inside = epsilons > limit if removes else epsilons < -limit
     inner = epsilons[inside] if removes else -epsilons[inside]
     # log((exp(inner) - (1 - rate)) / rate), the loss of an unsampled Gaussian at the same point
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         unsampled = inner - math.log(rate) + np.log1p(-np.exp(math.log(1 - rate) - inner))
     cutoffs = -0.5 - unsampled * loss.standard_deviation**2 if removes else 0.5 + unsampled * loss.standard_deviation**2
-    divergences = np.zeros_like(epsilons) if not removes else -np.expm1(epsilons)
+    divergences = -np.expm1(np.minimum(epsilons, 0)) if removes else np.zeros_like(epsilons)
     divergences[inside] = loss.mu_upper_cdf(cutoffs) - np.exp(epsilons[inside] + loss.mu_lower_log_cdf(cutoffs))
     return np.clip(divergences, 0, 1)

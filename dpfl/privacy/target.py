@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import pydantic
 
 from dpfl.config import Config
 from dpfl.errors import InputError
-from dpfl.privacy.accounting import check_analysis, check_delta
+from dpfl.privacy.accounting import check_analysis, check_delta, check_epsilon
 from dpfl.privacy.relations import Accountant, Relation
 
 
@@ -18,7 +17,7 @@ class Privacy(Config):
 
     Attributes:
         unit: what one neighbour differs in. "user": all the data of one client.
-        epsilon: the bound on the privacy loss, positive; None trains without noise.
+        epsilon: the bound on the privacy loss, above 0 and up to 100; None trains without noise.
         delta: the probability mass outside the bound; below 1 / clients, since a mechanism that
             publishes one client at random already satisfies delta = 1 / clients.
         relation: the neighbouring relation: "add_or_remove_one", "replace_one" or "replace_special".
@@ -35,8 +34,8 @@ class Privacy(Config):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Privacy:
-        if self.epsilon is not None and not (self.epsilon > 0 and math.isfinite(self.epsilon)):
-            raise InputError(f"epsilon must be a positive number, or none for no noise, but it was {self.epsilon:g}.")
+        if self.epsilon is not None:
+            check_epsilon(self.epsilon)
         check_delta(self.delta)
         check_analysis(self.relation, self.accountant)
         return self

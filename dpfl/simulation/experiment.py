@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from dpfl.data import FederatedData
 from dpfl.mechanisms import Gaussian, Mechanism, Plan
 from dpfl.models.named import check_named
 from dpfl.privacy import Privacy
+from dpfl.randomness import check_seed
 from dpfl.sampling import Poisson
 from dpfl.simulation.server import ServerOptimizer
 
@@ -101,6 +104,7 @@ class Experiment(Config):
         from dpfl.progress import progress_bar
         from dpfl.simulation.run import run
 
+        seed = check_seed(seed)
         with progress_bar("training", self.rounds, "rounds", shown=progress) as advance:
             return run(self, self.plan(), seed, advance)
 
@@ -108,7 +112,11 @@ class Experiment(Config):
         """All settings as plain values; the data by name and fingerprint, the model by its key."""
         groups = ("local", "mechanism", "privacy", "sampler", "server")
         return {
-            "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
+            "data": {
+                "name": self.data.name,
+                "fingerprint": self.data.fingerprint,
+                "assumptions": self.data.assumptions,
+            },
             "model": self.model if isinstance(self.model, str) else self.model.key,
             **{name: getattr(self, name).model_dump() for name in groups},
             "rounds": self.rounds,
@@ -116,8 +124,11 @@ class Experiment(Config):
         }
 
     def run_id(self, seed: int) -> str:
-        """Identifies a run by everything that its result depends on."""
-        import dpfl
+        """Identifies a run by its settings, data, seed, and the versions of dpfl, TensorFlow and dp-accounting."""
+        return hashlib.sha256(f"{self.identity} {seed}".encode()).hexdigest()[:16]
 
-        identity = {"settings": self.settings(), "seed": seed, "version": dpfl.__version__}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    @functools.cached_property
+    def identity(self) -> str:
+        """Everything but the seed that a result depends on, as JSON."""
+        versions = {name: importlib.metadata.version(name) for name in ("dpfl", "tensorflow", "dp-accounting")}
+        return json.dumps({"settings": self.settings(), "versions": versions}, sort_keys=True)

@@ -23,8 +23,9 @@ _KEPT_ENGINES = 4
 def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], None] = lambda rounds: None) -> Result:
     """Trains and evaluates one model.
 
-    A run ends with the status "diverged" where the loss stops being finite, or where the updates of a
-    whole cohort do (they then count as zero).
+    A run has the status "diverged" if its last loss is not finite, or if all updates of some round were
+    not (they then count as zero). It takes its full number of rounds all the same: to stop on a private
+    measurement would be a release that nothing accounts for.
 
     Args:
         experiment: what to run.
@@ -42,7 +43,6 @@ def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], 
 
     history: list[dict[str, Any]] = []
     evaluation: dict[str, float] = {}
-    status = "finished"
     for first in range(0, experiment.rounds, experiment.evaluate_every):
         numbers = range(first, min(first + experiment.evaluate_every, experiment.rounds))
         cohorts = [plan.sampler.clients(seed, number, plan.population) for number in numbers]
@@ -53,20 +53,16 @@ def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], 
             history.append({"round": number + 1, "cohort": len(cohorts[index]), **values})
         history[-1].update(evaluation)
         advance(len(numbers))
-        all_lost = any(row["non_finite_updates"] == row["cohort"] > 0 for row in history[first:])
-        if all_lost or not math.isfinite(evaluation["loss"]):
-            status = "diverged"
-            break
 
+    lost_a_round = any(row["non_finite_updates"] == row["cohort"] > 0 for row in history)
     record = {
         "run_id": experiment.run_id(seed),
-        "status": status,
+        "status": "diverged" if lost_a_round or not math.isfinite(evaluation["loss"]) else "finished",
         **_settings_columns(experiment, model),
         "epsilon_spent": plan.guarantee.epsilon if plan.is_private else None,
         "noise_multiplier": plan.noise_multiplier,
         "sampling_rate": plan.sampling_rate,
         "seed": seed,
-        "rounds_done": len(history),
         **evaluation,
         "seconds": time.perf_counter() - started,
         "dpfl_version": dpfl.__version__,

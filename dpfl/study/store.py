@@ -79,10 +79,13 @@ class Store:
         return self._records / f"{run_id}.json"
 
     def _read(self, run_id: str) -> dict[str, Any] | None:
+        """What was kept of a run, or None where no whole record of it can be read."""
         try:
-            return json.loads(self._path(run_id).read_text())
-        except (OSError, ValueError):
+            content = json.loads(self._path(run_id).read_text())
+            whole = content["record"]["run_id"] == run_id and {"guarantee", "history"} <= set(content)
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+        return content if whole else None
 
     def _contents(self, run_ids: Sequence[str]) -> list[dict[str, Any]]:
         contents = (self._read(run_id) for run_id in run_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import filelock
 
 from dpfl.errors import InputError
 from dpfl.progress import progress_bar
+from dpfl.randomness import check_seed
 from dpfl.simulation.experiment import Experiment
 from dpfl.study.store import Store
 from dpfl.study.workers import Planned, Task, run_tasks
@@ -33,6 +34,11 @@ def grid(base: Experiment, axes: Axes) -> list[Experiment]:
     Raises:
         InputError: a setting does not exist or a value is wrong.
     """
+    for name, axis in axes.items():
+        if isinstance(axis, str):
+            raise InputError(f"the axis {name} must be a list of values, but it was the text {axis!r}.")
+        if isinstance(name, tuple) and any(not isinstance(v, tuple) or len(v) != len(name) for v in axis):
+            raise InputError(f"the axis {name} must be a list of tuples with {len(name)} values each.")
     names = [name if isinstance(name, tuple) else (name,) for name in axes]
     values = [[value if isinstance(name, tuple) else (value,) for value in axis] for name, axis in axes.items()]
     experiments = []
@@ -67,9 +73,10 @@ class Study:
         seeds: int | Sequence[int] = 3,
     ) -> None:
         bases = [experiments] if isinstance(experiments, Experiment) else list(experiments)
-        self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-        if not self.seeds or min(self.seeds) < 0:
-            raise InputError(f"a study needs at least one seed, and none below 0, but they were {seeds!r}.")
+        listed = seeds if isinstance(seeds, Iterable) else range(check_seed(seeds))
+        self.seeds = tuple(dict.fromkeys(check_seed(seed) for seed in listed))
+        if not self.seeds:
+            raise InputError(f"a study needs at least one seed, but they were {seeds!r}.")
         everything = [experiment for base in bases for experiment in grid(base, axes or {})]
         by_id = {experiment.run_id(self.seeds[0]): experiment for experiment in everything}
         self.experiments = list(by_id.values())
@@ -142,6 +149,11 @@ class Study:
             unit = f"rounds in {len(tasks)} runs"
             with progress_bar("training", rounds, unit, shown=progress) as advance:
                 run_tasks(planned, tasks, store.folder, workers, advance)
+            if lost := len(self._missing(store)):
+                raise InputError(
+                    f"{lost} finished runs are gone from {store.folder} again: leave the folder alone while a study "
+                    "runs, and start it anew to repeat them."
+                )
         store.collect(self.run_ids)
 
     def _plan(self, indices: Sequence[int], progress: bool) -> dict[int, Planned]:

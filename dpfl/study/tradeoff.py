@@ -53,6 +53,8 @@ def tradeoff(
     Raises:
         InputError: a value is wrong, or the local work cannot be split evenly into the rounds.
     """
+    if local_work < 1:
+        raise InputError(f"the local work must be at least 1 local step, but it was {local_work}.")
     for count in rounds:
         if count < 1 or local_work % count:
             raise InputError(

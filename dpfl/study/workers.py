@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copyreg
+import importlib
 import os
+import signal
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +60,9 @@ def run_tasks(
     Raises:
         Exception: the first error of a run; runs that have ended are kept.
     """
-    counters = folder / ".rounds"
+    _make_lazy_modules_picklable()
+    scratch = tempfile.TemporaryDirectory(prefix="dpfl-")
+    counters = Path(scratch.name) / "rounds"
     rounds = np.memmap(counters, np.int64, "w+", shape=len(tasks))
     executor = loky.ProcessPoolExecutor(
         max_workers=min(workers, len(tasks)),
@@ -74,7 +81,15 @@ def run_tasks(
             shown = done
     finally:
         executor.shutdown(wait=True, kill_workers=True)
-        counters.unlink()
+        scratch.cleanup()
+
+
+def _make_lazy_modules_picklable() -> None:
+    """Lets a user's function that mentions `keras`, which TensorFlow loads lazily, travel to the workers."""
+    if "tensorflow" in sys.modules:
+        from tensorflow.python.util.lazy_loader import LazyLoader
+
+        copyreg.pickle(LazyLoader, lambda module: (importlib.import_module, (module.__name__,)))
 
 
 class _Worker(NamedTuple):
@@ -90,6 +105,7 @@ _worker: _Worker
 
 def _start_worker(planned: Mapping[int, Planned], store: Store, counters: Path, parent: int) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle.
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     import tensorflow as tf
 

@@ -120,7 +120,7 @@ class TestGaussian:
         assert refusal(planned, rounds=rounds).startswith("at least 1 step must be released")
 
     def test_epsilon_beyond_protection_is_refused(self):
-        assert refusal(planned, TARGET.replace(epsilon=101)).startswith("epsilon must lie between 0")
+        assert refusal(TARGET.replace, epsilon=101).startswith("epsilon must be a positive number up to 100")
 
     @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one", "replace_special"])
     def test_without_an_epsilon_updates_are_clipped_and_nothing_is_promised(self, relation):

@@ -87,6 +87,17 @@ def test_given_model_starts_from_its_own_weights_and_is_a_snapshot() -> None:
         np.testing.assert_allclose(_evaluate(functional, weights, x, y)[1], keras(x).numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_function_must_make_a_new_model_each_time() -> None:
+    same = _dropout()
+    with pytest.raises(InputError, match="must make a new model at each call"):
+        FunctionalModel(lambda: same, SHAPE, CLASSES)
+
+
+def test_an_instance_that_is_not_built_yet_is_built() -> None:
+    keras = tf.keras.Sequential([layers.Flatten(), layers.Dense(CLASSES)])
+    assert FunctionalModel(keras, SHAPE, CLASSES).parameters == 650
+
+
 def test_frozen_layers_stay_out_of_the_weights_but_count_in_the_logits() -> None:
     keras = tf.keras.Sequential([layers.Input(SHAPE), layers.Flatten(), layers.Dense(6), layers.Dense(CLASSES)])
     keras.layers[1].trainable = False
@@ -143,6 +154,12 @@ def test_key_tells_models_apart_and_not_their_names() -> None:
         ("resnet", "there is no model 'resnet'"),
         (7, "it was 7"),
         (lambda: 3, "returned int"),
+        (lambda: tf.keras.Sequential([layers.Flatten()]), "no trainable weights"),
+        (lambda: tf.keras.Sequential([layers.Flatten(), layers.Dense(10, dtype="float64")]), "cannot be trained"),
+        (
+            lambda: tf.keras.Model(i := layers.Input(SHAPE), [layers.Flatten()(i), layers.Flatten()(i)]),
+            "must have one output",
+        ),
         (lambda: tf.keras.Sequential([layers.Flatten(), layers.Dense(3)]), "outside the model's classes"),
         (lambda: tf.keras.Sequential([layers.Flatten(), layers.Dense(10, activation="softmax")]), "logits"),
         (lambda: tf.keras.Sequential([layers.Flatten(), layers.Dense(10), layers.Softmax()]), "logits"),
@@ -157,7 +174,7 @@ def test_key_tells_models_apart_and_not_their_names() -> None:
             "do not follow the run's seed",
         ),
         (lambda: tf.keras.Sequential([layers.Dense(10)]), "shape (1, 8, 8, 10)"),
-        (lambda: tf.keras.Sequential([layers.Input((3,)), layers.Dense(10)]), "could not be built"),
+        (lambda: tf.keras.Sequential([layers.Input((3,)), layers.Dense(10)]), "cannot be trained on examples of shape"),
     ],
 )
 def test_models_that_cannot_be_trained_are_refused_in_one_sentence(model: object, word: str) -> None:

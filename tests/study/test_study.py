@@ -87,13 +87,14 @@ def test_study_keeps_runs_and_goes_on(base: dpfl.Experiment, tmp_path: Path) -> 
 
     records = tmp_path / "records"
     kept = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
-    broken, gone = sorted(kept)[:2]
+    broken, empty, gone = sorted(kept)[:3]
     (records / broken).write_text('{"record": {"run_id"')
+    (records / empty).write_text("{}")
     (records / gone).unlink()
-    assert study.pending(tmp_path) == 2
+    assert study.pending(tmp_path) == 3
     again = study.run(tmp_path, workers=1, progress=False).frame()
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), frame.drop(columns="seconds"))
-    untouched = set(kept) - {broken, gone}
+    untouched = set(kept) - {broken, empty, gone}
     assert all((records / name).stat().st_mtime_ns == kept[name] for name in untouched)
     csv = pd.read_csv(tmp_path / "runs.csv")
     pd.testing.assert_frame_equal(csv, again.astype({"local_epochs": float}), check_dtype=False)
@@ -115,9 +116,36 @@ def test_models_made_in_a_notebook_reach_the_workers(base: dpfl.Experiment, tmp_
     assert frame["status"].tolist() == ["finished"]
 
 
+def test_axes_are_lists_of_values(base: dpfl.Experiment) -> None:
+    for axes in ({"server.name": "sgd"}, {("rounds", "local.steps"): [(2,)]}):
+        with pytest.raises(dpfl.InputError, match="must be a list"):
+            dpfl.Study(base, axes)
+
+
+def test_seeds_may_come_from_numpy_and_count_once(base: dpfl.Experiment) -> None:
+    assert dpfl.Study(base, seeds=np.array([3, 5, 3])).seeds == (3, 5)
+    assert dpfl.Study(base, seeds=np.int64(2)).seeds == (0, 1)
+
+
+def test_modules_that_tensorflow_loads_lazily_reach_the_workers(base: dpfl.Experiment, tmp_path: Path) -> None:
+    # As a script's or a notebook's own: its functions travel with the globals that they mention.
+    program = f"""
+import dpfl
+from tensorflow import keras
+experiment = dpfl.Experiment(
+    data="digits",
+    model=lambda: keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(10)]),
+    privacy=dpfl.Privacy(epsilon=8, delta=1e-3), sampler=dpfl.Poisson(cohort=30), rounds=2,
+)
+print(dpfl.Study(experiment, seeds=1).run({str(tmp_path)!r}, workers=1, progress=False).frame()["status"][0])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "finished", done.stderr
+
+
 def test_what_cannot_be_met_stops_the_study_before_any_run(base: dpfl.Experiment, tmp_path: Path) -> None:
-    study = dpfl.Study(base, {"privacy.epsilon": [8, 500]}, seeds=1)
-    with pytest.raises(dpfl.InputError, match="100"):
+    study = dpfl.Study(base.replace(**{"privacy.delta": 1e-12}), {"privacy.epsilon": [8, 1e-8]}, seeds=1)
+    with pytest.raises(dpfl.InputError, match="cannot be met"):
         study.run(tmp_path, progress=False)
     assert list((tmp_path / "records").iterdir()) == []
 
