@@ -107,11 +107,15 @@ def _start_worker(planned: Mapping[int, Planned], store: Store, counters: Path, 
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle.
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    try:
+        rounds = np.memmap(counters, np.int64, "r+")
+    except FileNotFoundError:  # The driver was interrupted while this process started.
+        os._exit(1)
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    _worker = _Worker(planned, store, np.memmap(counters, np.int64, "r+"))
+    _worker = _Worker(planned, store, rounds)
 
 
 def _die_with(parent: int) -> None:
