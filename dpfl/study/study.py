@@ -99,8 +99,8 @@ class Study:
             The study itself, for `frame` and `history`.
 
         Raises:
-            InputError: a privacy target cannot be met (nothing is run then), or another process is
-                running a study in this folder.
+            InputError: a privacy target cannot be met (nothing is run then), another process is running
+                a study in this folder, or records vanished from it meanwhile.
         """
         workers = (os.cpu_count() or 1) if workers is None else workers
         if workers < 1:

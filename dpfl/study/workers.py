@@ -126,7 +126,7 @@ def _die_with(parent: int) -> None:
 
 
 def _run_task(slot: int, task: Task) -> None:
-    """Does one run and counts its rounds, those that a diverged run leaves out as well, in its slot."""
+    """Does one run, counts its rounds in its slot, and keeps what it leaves behind."""
     from dpfl.simulation.run import run
 
     experiment, plan = _worker.planned[task.experiment]
@@ -136,4 +136,3 @@ def _run_task(slot: int, task: Task) -> None:
 
     result = run(experiment, plan, task.seed, advance)
     _worker.store.write(result.record, result.history, result.guarantee.as_dict())
-    _worker.rounds[slot] = experiment.rounds
