@@ -16,17 +16,31 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 __version__ = importlib.metadata.version("dpfl")
 
 _HOMES = {
+    "AdaptiveClipping": "dpfl.mechanisms",
+    "BallsInBins": "dpfl.sampling",
+    "BandedMatrix": "dpfl.mechanisms",
+    "CappedPoisson": "dpfl.sampling",
+    "Cyclic": "dpfl.sampling",
+    "CyclicPoisson": "dpfl.sampling",
+    "Deployment": "dpfl.mechanisms",
+    "DistributedDiscreteGaussian": "dpfl.mechanisms",
+    "DistributedSkellam": "dpfl.mechanisms",
+    "Everyone": "dpfl.sampling",
     "Experiment": "dpfl.simulation",
     "FederatedData": "dpfl.data",
+    "FixedSize": "dpfl.sampling",
     "Gaussian": "dpfl.mechanisms",
     "Guarantee": "dpfl.privacy",
     "InputError": "dpfl.errors",
+    "LocalGaussian": "dpfl.mechanisms",
+    "LocalLaplace": "dpfl.mechanisms",
     "LocalTraining": "dpfl.clients",
     "NoMechanism": "dpfl.mechanisms",
     "Poisson": "dpfl.sampling",
     "Privacy": "dpfl.privacy",
     "ServerOptimizer": "dpfl.simulation",
     "Study": "dpfl.study",
+    "TreeAggregation": "dpfl.mechanisms",
 }
 _MODULES = ("charts", "data", "mechanisms", "models", "privacy", "simulation", "study")
 
@@ -35,24 +49,49 @@ if TYPE_CHECKING:
     from dpfl.clients import LocalTraining
     from dpfl.data import FederatedData
     from dpfl.errors import InputError
-    from dpfl.mechanisms import Gaussian, NoMechanism
+    from dpfl.mechanisms import (
+        AdaptiveClipping,
+        BandedMatrix,
+        Deployment,
+        DistributedDiscreteGaussian,
+        DistributedSkellam,
+        Gaussian,
+        LocalGaussian,
+        LocalLaplace,
+        NoMechanism,
+        TreeAggregation,
+    )
     from dpfl.privacy import Guarantee, Privacy
-    from dpfl.sampling import Poisson
+    from dpfl.sampling import BallsInBins, CappedPoisson, Cyclic, CyclicPoisson, Everyone, FixedSize, Poisson
     from dpfl.simulation import Experiment, ServerOptimizer
     from dpfl.study import Study
 
 __all__ = [
+    "AdaptiveClipping",
+    "BallsInBins",
+    "BandedMatrix",
+    "CappedPoisson",
+    "Cyclic",
+    "CyclicPoisson",
+    "Deployment",
+    "DistributedDiscreteGaussian",
+    "DistributedSkellam",
+    "Everyone",
     "Experiment",
     "FederatedData",
+    "FixedSize",
     "Gaussian",
     "Guarantee",
     "InputError",
+    "LocalGaussian",
+    "LocalLaplace",
     "LocalTraining",
     "NoMechanism",
     "Poisson",
     "Privacy",
     "ServerOptimizer",
     "Study",
+    "TreeAggregation",
     "charts",
     "data",
     "mechanisms",

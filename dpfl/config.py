@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import pydantic_core
@@ -53,6 +53,12 @@ class Config(pydantic.BaseModel):
                 raise InputError(f"'{path}' is not a setting: '{name}' has no settings of its own.")
             values[name] = values[name].replace(**inner)
         return type(self)(**values)
+
+
+def kinds(union: Any) -> dict[str, type[Config]]:
+    """The members of a union that is told apart by `name`, by their names."""
+    members = get_args(get_args(union)[0])
+    return {member.model_fields["name"].default: member for member in members}
 
 
 def _unknown_field(config: type[Config], path: str, name: str) -> str:

@@ -28,6 +28,11 @@ class Purpose(enum.IntEnum):
     HOLDING_OUT = 6
     PARTITION = 7
     SYNTHESIS = 8
+    GROUPING = 9
+    CAPPING = 10
+    CLIENT_NOISE = 11
+    CLIPPED_COUNT_NOISE = 12
+    ROTATION = 13
 
 
 def check_seed(seed: Any) -> int:

@@ -20,26 +20,29 @@ def test_code_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
         [sys.executable, "readme.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "(4, 0.001)-differential privacy at user level" in done.stdout
+    assert re.match(r"\((3\.99\d|4), 0\.001\)-differential privacy at user level", done.stdout)
     accuracy = re.search(r"Test accuracy: ([\d.]+)%", done.stdout)
     assert accuracy is not None
     assert float(accuracy[1]) > 88
     assert (tmp_path / "runs" / "mine" / "round_frequency.png").exists()
 
 
-def test_accountant_in_the_readme(tmp_path: Path) -> None:
-    noise, epsilon = re.findall(r"uv run dpfl ((?:noise|epsilon) .*)", README)
-    outputs = [
+def test_accountant_in_the_readme() -> None:
+    commands = re.findall(r"^uv run dpfl ((?:noise|epsilon|rounds) .*)", README, re.MULTILINE)
+    assert len(commands) == 4
+    noise, epsilon, rounds, tree = (
         subprocess.run(
             [sys.executable, "-c", "from dpfl.cli import main; main()", *shlex.split(command)],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        for command in (noise, epsilon)
-    ]
-    assert re.search(r"--noise-multiplier (\S+)", epsilon)[1] in outputs[0]
-    assert '"epsilon": 3.99' in outputs[1]
+        for command in commands
+    )
+    assert re.search(r"--noise-multiplier (\S+)", commands[1])[1] in noise
+    assert re.search(r"epsilon by PLD: 3\.99\d+\nepsilon by RDP: 4\.", epsilon)
+    assert re.search(r"in each of 1[2-9]\d rounds", rounds)
+    assert "tree aggregation" in tree
 
 
 def test_files_that_the_documents_name_exist() -> None:

@@ -14,6 +14,7 @@ from dpfl.errors import InputError
 
 _PER_CHART = ("dataset", "model", "clients", "cohort")
 _PER_GUARANTEE = ("mechanism", "unit", "relation", "sampler", "accountant")
+_DEPLOYMENT = ("deployment_clients", "deployment_cohort")  # of runs that stand for a larger population
 _SETTING = ("epsilon", "delta", "clip_norm", "rounds")
 _MEASURED = ("status", "seed", "noise_multiplier", "accuracy", "validation_accuracy")
 
@@ -28,14 +29,17 @@ def prepare(frame: pd.DataFrame) -> pd.DataFrame:
     missing = [c for c in (*_PER_CHART, *_PER_GUARANTEE, *_SETTING, *_MEASURED) if c not in frame]
     if missing:
         raise InputError(f"The frame lacks {several(missing)}: pass the frame of runs that a study returns.")
-    floats = ["epsilon", "delta", "clip_norm", "noise_multiplier", "accuracy", "validation_accuracy"]
+    frame = frame.assign(**{column: float("nan") for column in _DEPLOYMENT if column not in frame})
+    floats = [*_DEPLOYMENT, "epsilon", "delta", "clip_norm", "noise_multiplier", "accuracy", "validation_accuracy"]
     runs = frame.astype(dict.fromkeys(floats, float)).reset_index(drop=True)
     if finished(runs).empty:
         raise InputError(f"None of the {len(runs)} runs is finished, so there is nothing to draw.")
-    alike = ((runs, _PER_CHART), (clipped(runs), ("mechanism",)), (private(runs), _PER_GUARANTEE))
+    alike = ((runs, _PER_CHART), (clipped(runs), ("mechanism",)), (private(runs), (*_PER_GUARANTEE, *_DEPLOYMENT)))
     for rows, columns in alike:
         for column in columns:
             values = sorted(map(str, rows[column].dropna().unique()))
+            if column in _DEPLOYMENT and values and rows[column].isna().any():
+                values.append("none")
             if len(values) > 1:
                 raise InputError(f"The runs differ in {column} ({several(values)}): chart one value at a time.")
     if (runs.loc[runs["epsilon"].isna(), "noise_multiplier"] > 0).any():

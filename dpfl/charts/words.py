@@ -10,7 +10,16 @@ _RELATIONS = {
     "replace_one": "by replacing one {unit}",
     "replace_special": "by replacing one {unit} with an empty contribution",
 }
-_NAMES = {"rdp": "RDP", "pld": "PLD", "poisson": "Poisson", "fixed_size": "fixed-size"}
+_NAMES = {
+    "rdp": "RDP",
+    "pld": "PLD",
+    "poisson": "Poisson",
+    "capped_poisson": "capped Poisson",
+    "cyclic_poisson": "cyclic Poisson",
+    "fixed_size": "fixed-size",
+    "balls_in_bins": "balls-in-bins",
+    "everyone": "no",
+}
 
 
 def number(value: float) -> str:
@@ -47,7 +56,19 @@ def guarantee(private: pd.DataFrame, deltas: list[float]) -> str:
     return (
         f"Guarantee: {level(private)} (ε, δ)-differential privacy, δ = {several(map(number, deltas))}; "
         f"neighbours differ {relation.format(unit=run['unit'])}; "
-        f"{name(run['sampler'])} sampling; {name(run['accountant'])} accountant."
+        f"{name(run['sampler'])} sampling; {name(run['accountant'])} accountant.{_extrapolation(private)}"
+    )
+
+
+def _extrapolation(private: pd.DataFrame) -> str:
+    """Return the sentence that says for whom an extrapolated guarantee holds; empty where none is."""
+    run = private.iloc[0]
+    if pd.isna(run.get("deployment_clients")):
+        return ""
+    return (
+        f" ε is extrapolated: it holds for {number(run['deployment_clients'])} clients, "
+        f"{number(run['deployment_cohort'])} per round; the simulated clients have up to "
+        f"ε = {number(private['epsilon_spent'].max())}."
     )
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dpfl.privacy import Guarantee
-from dpfl.sampling import Poisson
+import dp_accounting
+
+from dpfl.privacy import Guarantee, Privacy
+from dpfl.privacy.ledger import Ledger
+from dpfl.sampling import BaseSampler
 
 if TYPE_CHECKING:
     from tensorflow_privacy import DPQuery
+
+    from dpfl.mechanisms.base import BaseMechanism
+    from dpfl.mechanisms.none import NoMechanism
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,34 +26,75 @@ class Plan:
     Nothing else in dpfl computes a noise scale, a denominator or an epsilon for training.
 
     Attributes:
-        mechanism: the mechanism's name, as records state it.
+        mechanism: clips, sums and noises.
+        target: the guarantee that was asked for.
         sampler: draws the cohorts that the guarantee assumes.
         population: the number of clients.
-        rounds: the number of rounds.
-        clip_norm: the largest L2 norm of a client's update; infinity where nothing is clipped.
-        noise_multiplier: standard deviation of the noise on the sum, divided by the clip norm.
+        rounds: the number of rounds; fewer than asked for where the noise is given and epsilon is a budget.
+        dimension: the number of coordinates of an update, where the mechanism needs it; else None.
+        noise_multiplier: of the mechanism's noise, as the mechanism defines it.
         guarantee: what the run will have guaranteed when all its rounds are done.
+        extrapolated: what the same noise on the mean would guarantee in a larger deployment; None
+            where no deployment was given.
     """
 
-    mechanism: str
-    sampler: Poisson
+    mechanism: BaseMechanism | NoMechanism
+    target: Privacy
+    sampler: BaseSampler
     population: int
     rounds: int
-    clip_norm: float
+    dimension: int | None
     noise_multiplier: float
     guarantee: Guarantee
+    extrapolated: Guarantee | None = None
 
     @property
-    def sampling_rate(self) -> float:
-        """The probability with which a client takes part in a round."""
-        return self.sampler.rate(self.population)
+    def clip_norm(self) -> float:
+        """The largest norm of a client's update in the first round; infinity where nothing is clipped."""
+        return self.mechanism.clip_norm
 
     @property
-    def noise_stddev(self) -> float:
-        """Standard deviation of the noise on each coordinate of the sum of clipped updates."""
-        return self.noise_multiplier * self.clip_norm if self.noise_multiplier else 0.0
+    def expected_cohort(self) -> float:
+        """What sums are divided by, whoever came."""
+        return self.sampler.expected_cohort(self.population)
 
-    def query(self, seed: int) -> DPQuery:
+    @property
+    def is_private(self) -> bool:
+        """Whether the guarantee's epsilon is finite."""
+        return math.isfinite(self.guarantee.epsilon)
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """What a compiled graph of the query depends on: plans that agree in it can share one."""
+        return (self.mechanism.name, *self.mechanism.structure(self))
+
+    def event(self, rounds: int | None = None) -> dp_accounting.DpEvent:
+        """The privacy event of the first so many rounds, or of all.
+
+        Args:
+            rounds: at least 1; None for all.
+        """
+        return self.mechanism.event(
+            self.noise_multiplier,
+            self.sampler,
+            self.population,
+            self.rounds if rounds is None else rounds,
+            self.dimension,
+        )
+
+    def ledger(self) -> Ledger:
+        """Returns the ledger of a run that has not begun."""
+        guarantee = self.guarantee
+        accountant = "pld" if guarantee.accountant == "none" else guarantee.accountant
+        return Ledger(
+            self.event,
+            guarantee.delta,
+            relation=guarantee.relation,
+            accountant=accountant,
+            budget=guarantee.epsilon,
+        )
+
+    def query(self, seed: int, template: Any = None) -> DPQuery:
         """Returns the TensorFlow Privacy query that aggregates the cohort's updates.
 
         It clips each update, sums, adds noise, and divides by the expected cohort, never by the
@@ -56,15 +103,12 @@ class Plan:
 
         Args:
             seed: the run's seed; the noise is a pure function of it and the round.
+            template: the structure of an update, as tensors, arrays or `tf.TensorSpec`s; needed by
+                mechanisms that keep past noise or rotate updates, ignored by the others.
+
+        Raises:
+            InputError: the mechanism needs the template and there is none.
         """
-        from tensorflow_privacy import NormalizedQuery
+        from dpfl.mechanisms.queries import MeanQuery
 
-        from dpfl.mechanisms.queries import StatelessGaussianSumQuery
-
-        total = StatelessGaussianSumQuery(self.clip_norm, self.noise_stddev, seed)
-        return NormalizedQuery(total, float(self.sampler.cohort))
-
-    @property
-    def is_private(self) -> bool:
-        """Whether the guarantee's epsilon is finite."""
-        return math.isfinite(self.guarantee.epsilon)
+        return MeanQuery(self.mechanism.sum_query(self, seed, template), self.expected_cohort)

@@ -11,6 +11,7 @@ from typing import Any
 
 import dp_accounting
 import tensorflow as tf
+from tensorflow_privacy import NormalizedQuery
 from tensorflow_privacy.privacy.dp_query.dp_query import SumAggregationDPQuery
 
 from dpfl.randomness import Purpose, stateless_seed
@@ -24,27 +25,99 @@ def global_norm(record: Any) -> tf.Tensor:
     return tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(part)) for part in tf.nest.flatten(record)]))
 
 
-class StatelessGaussianSumQuery(SumAggregationDPQuery):
-    """Sum of clipped records plus Gaussian noise that is a function of (seed, round).
+def clip_to_norm(record: Any, norm: tf.Tensor, clip_norm: tf.Tensor) -> Any:
+    """Scales a record down to a norm, or to zero where its norm is not finite in float32.
 
-    `tensorflow_privacy.GaussianSumQuery` draws stateful noise, which neither a second engine nor a
-    resumed run can repeat; this one keeps the seed and the round in its global state.
+    So one diverged client does not make the sum NaN, and the sensitivity holds for every record.
 
-    A record whose L2 norm is not finite in float32 contributes zero, so that one diverged client
-    does not make the sum NaN and the sensitivity holds for every possible record.
+    Args:
+        record: a structure of float tensors. Private, before and after clipping.
+        norm: its norm, a scalar.
+        clip_norm: the largest norm that it may keep; infinity clips nothing.
+    """
+    scale = tf.where(norm > clip_norm, clip_norm / norm, 1.0)
+    scale = tf.where(tf.math.is_finite(norm), scale, 0.0)
+    # Zero times NaN is zero here, and cheaper than choosing between two tensors.
+    return tf.nest.map_structure(lambda part: tf.math.multiply_no_nan(part, scale), record)
+
+
+def normal_like(structure: Any, seed: tf.Tensor) -> Any:
+    """Independent standard normal float32 tensors in the shapes of a structure.
+
+    Args:
+        structure: tensors.
+        seed: int32, shape (2,); the draws are a function of it.
+    """
+    parts = tf.nest.flatten(structure)
+    seeds = tf.random.experimental.stateless_split(seed, len(parts))
+    draws = [tf.random.stateless_normal(tf.shape(part), seeds[index]) for index, part in enumerate(parts)]
+    return tf.nest.pack_sequence_as(structure, draws)
+
+
+def round_seed(seed: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """The seed of a round: int32, shape (2,)."""
+    return tf.random.experimental.stateless_fold_in(seed, number)
+
+
+class SumQuery(SumAggregationDPQuery):
+    """A sum of clipped records plus noise that is a function of (seed, round).
+
+    `tensorflow_privacy`'s own queries draw stateful noise, which neither a second engine nor a
+    resumed run can repeat; these keep the seed and the round in their global state.
+    """
+
+    def client_params(self, params: Any, client: tf.Tensor) -> Any:
+        """The sample params as one client uses them.
+
+        Args:
+            params: from `derive_sample_params`.
+            client: the client's index, int32 scalar; queries that draw random numbers on the client fold it in.
+        """
+        return params
+
+    def clip_norm(self, params: Any) -> tf.Tensor:
+        """The norm to which records are clipped under these params, a float32 scalar."""
+        raise NotImplementedError
+
+
+class MeanQuery(NormalizedQuery):
+    """A noisy sum divided by the expected cohort.
+
+    Args:
+        numerator: the query of the sum.
+        denominator: the expected cohort, never the actual one.
+    """
+
+    def __init__(self, numerator: SumQuery, denominator: float) -> None:
+        super().__init__(numerator, denominator)
+        self._sum = numerator
+
+    def client_params(self, params: Any, client: tf.Tensor) -> Any:
+        """See `SumQuery.client_params`."""
+        return self._sum.client_params(params, client)
+
+    def clip_norm(self, params: Any) -> tf.Tensor:
+        """See `SumQuery.clip_norm`."""
+        return self._sum.clip_norm(params)
+
+
+class GaussianSumQuery(SumQuery):
+    """Sum of records clipped in L2 norm plus independent Gaussian noise in every round.
 
     Args:
         clip_norm: L2 norm to which each record is clipped; infinity clips nothing.
         stddev: standard deviation of the noise on each coordinate of the sum.
         seed: the run's seed.
+        clipping: "flat", "per_layer" or "per_layer_by_size", as `dpfl.Gaussian` has it.
     """
 
     GlobalState = collections.namedtuple("GlobalState", ["clip_norm", "stddev", "seed", "round"])
 
-    def __init__(self, clip_norm: float, stddev: float, seed: int) -> None:
+    def __init__(self, clip_norm: float, stddev: float, seed: int, clipping: str = "flat") -> None:
         self._clip_norm = clip_norm
         self._stddev = stddev
         self._seed = seed
+        self._clipping = clipping
 
     def initial_global_state(self) -> GlobalState:
         """Clip norm and noise (float32 scalars), seed (int32, 2), round 0 (int32 scalar)."""
@@ -59,6 +132,10 @@ class StatelessGaussianSumQuery(SumAggregationDPQuery):
         """The clip norm."""
         return global_state.clip_norm
 
+    def clip_norm(self, params: tf.Tensor) -> tf.Tensor:
+        """The clip norm."""
+        return params
+
     def preprocess_record(self, params: tf.Tensor, record: Any) -> Any:
         """Scales a record down to the clip norm, or to zero where its norm is not finite.
 
@@ -67,10 +144,18 @@ class StatelessGaussianSumQuery(SumAggregationDPQuery):
             record: a structure of float tensors. Private, before and after clipping.
         """
         norm = global_norm(record)
-        scale = tf.where(norm > params, params / norm, 1.0)
-        scale = tf.where(tf.math.is_finite(norm), scale, 0.0)
-        # Zero times NaN is zero here, and cheaper than choosing between two tensors.
-        return tf.nest.map_structure(lambda part: tf.math.multiply_no_nan(part, scale), record)
+        if self._clipping == "flat":
+            return clip_to_norm(record, norm, params)
+        parts = tf.nest.flatten(record)
+        sizes = [tf.cast(tf.size(part), tf.float32) if "size" in self._clipping else tf.constant(1.0) for part in parts]
+        share = params / tf.sqrt(tf.add_n(sizes))
+        # A record that is not finite somewhere counts nowhere.
+        norms = [tf.where(tf.math.is_finite(norm), global_norm(part), norm) for part in parts]
+        clipped = [
+            clip_to_norm(part, norm, share * tf.sqrt(size))
+            for part, norm, size in zip(parts, norms, sizes, strict=True)
+        ]
+        return tf.nest.pack_sequence_as(record, clipped)
 
     def get_noised_result(
         self, sample_state: Any, global_state: GlobalState
@@ -85,14 +170,7 @@ class StatelessGaussianSumQuery(SumAggregationDPQuery):
             The noisy sum, which may be released under the plan's guarantee; the next round's state;
             the event of one unsampled sum (the plan accounts for sampling and composition).
         """
-        parts = tf.nest.flatten(sample_state)
-        seeds = tf.random.experimental.stateless_split(
-            tf.random.experimental.stateless_fold_in(global_state.seed, global_state.round), len(parts)
-        )
-        noisy = [
-            part + global_state.stddev * tf.random.stateless_normal(tf.shape(part), seeds[index])
-            for index, part in enumerate(parts)
-        ]
+        noise = normal_like(sample_state, round_seed(global_state.seed, global_state.round))
+        noisy = tf.nest.map_structure(lambda part, draw: part + global_state.stddev * draw, sample_state, noise)
         event = dp_accounting.GaussianDpEvent(global_state.stddev / global_state.clip_norm)
-        next_state = global_state._replace(round=global_state.round + 1)
-        return tf.nest.pack_sequence_as(sample_state, noisy), next_state, event
+        return noisy, global_state._replace(round=global_state.round + 1), event

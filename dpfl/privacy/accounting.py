@@ -1,9 +1,9 @@
 """From privacy events to epsilon.
 
 A mechanism describes what it releases as a `dp_accounting.DpEvent`; an accountant turns the event
-into epsilon at a given delta. The privacy-loss-distribution accountant (Koskela et al. 2020,
-1906.03049; Doroshenko et al. 2022, 2207.04380) is the default: tight, and pessimistic only by its
-discretisation of 1e-4. Renyi-DP (Mironov 2017, 1702.07476) gives larger values.
+into epsilon at a given delta. Privacy loss distributions (Koskela et al. 2020, 1906.03049; Doroshenko et al. 2022,
+2207.04380) are the default: tight, and pessimistic only by their discretisation of 1e-4. Renyi-DP (Mironov 2017,
+1702.07476) gives larger values, and answers where no privacy loss distribution is known.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import importlib.metadata
 from typing import get_args
 
 import dp_accounting
-from absl import logging
-from dp_accounting.rdp import RdpAccountant
+import numpy as np
 
 from dpfl.errors import InputError
-from dpfl.privacy.memory import remembered
-from dpfl.privacy.pld import FasterPLDAccountant
+from dpfl.privacy.pld import has_pld, pld_epsilon
+from dpfl.privacy.rdp import rdp_epsilon, renyi_divergences
 from dpfl.privacy.relations import Accountant, Relation
 
 # dp-accounting's own default: a reader who composes the same event there gets the same epsilon.
 PLD_INTERVAL = 1e-4
 LARGEST_EPSILON = 100.0
+_ANY_ORDERS = np.array([2.0, 32.0])
 
 
 def accountant_name(accountant: Accountant) -> str:
-    """The accountant with the library's version, as a record states it."""
-    return f"{accountant.upper()} (dp-accounting {importlib.metadata.version('dp-accounting')})"
+    """The accountant with the versions of what computes it, as a record states it."""
+    libraries = {"pld": ("dpfl",), "rdp": ("dpfl", "dp-accounting")}[accountant]
+    return f"{accountant.upper()} ({', '.join(f'{name} {importlib.metadata.version(name)}' for name in libraries)})"
 
 
 def check_delta(delta: float) -> None:
@@ -46,20 +47,50 @@ def check_epsilon(target: float) -> None:
 
 
 def check_analysis(relation: str, accountant: str) -> None:
-    """Refuses unknown relations and accountants, and pairs of them that have no correct analysis."""
+    """Refuses unknown relations and accountants."""
     for name, value, known in (
         ("relation", relation, get_args(Relation)),
         ("accountant", accountant, get_args(Accountant)),
     ):
         if value not in known:
             raise InputError(f"there is no {name} {value!r}: choose {', '.join(known)}.")
-    if accountant == "rdp" and relation == "replace_one":
-        # dp-accounting 0.6 returns the add-or-remove value here, half the true sensitivity
-        # (google/differential-privacy issue 378).
-        raise InputError(
-            "the RDP accountant has no correct analysis of the relation replace_one; "
-            "use the PLD accountant, or the relation add_or_remove_one."
-        )
+
+
+def accountant_for(event: dp_accounting.DpEvent, relation: Relation, accountant: Accountant) -> Accountant:
+    """Returns the accountant that answers for an event: PLD leaves to RDP what it has no analysis of.
+
+    Args:
+        event: what is released.
+        relation: the neighbouring relation.
+        accountant: the accountant asked for.
+
+    Raises:
+        InputError: there is no such relation or accountant, or none has an analysis of the event under the relation.
+    """
+    check_analysis(relation, accountant)
+    if accountant == "pld" and has_pld(event, relation):
+        return "pld"
+    if _has_rdp(event, relation):
+        return "rdp"
+    raise _refusal(event, relation, accountant)
+
+
+def _has_rdp(event: dp_accounting.DpEvent, relation: Relation) -> bool:
+    try:
+        renyi_divergences(event, _ANY_ORDERS, relation)
+    except dp_accounting.UnsupportedEventError:
+        return False
+    return True
+
+
+def _refusal(event: dp_accounting.DpEvent, relation: Relation, accountant: Accountant) -> InputError:
+    while isinstance(event, dp_accounting.SelfComposedDpEvent):
+        event = event.event
+    who = "no accountant has an" if accountant == "pld" else "the RDP accountant has no"
+    return InputError(
+        f"{who} analysis of {type(event).__name__} under the relation {relation}; "
+        "choose another relation, sampler or accountant."
+    )
 
 
 def epsilon(
@@ -74,10 +105,11 @@ def epsilon(
 
     Args:
         event: what was, or will be, released; for example
-            `SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(z)), rounds)`.
+            `SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(z)), rounds)`. Noise multipliers are
+            relative to what one unit contributes; where a unit is replaced, the sensitivity is twice that.
         delta: the probability mass outside the epsilon bound, in (0, 1).
         relation: the neighbouring relation.
-        accountant: "pld" or "rdp".
+        accountant: "pld", which is RDP for events without a known privacy loss distribution, or "rdp".
         pld_interval: discretisation of the privacy loss; any value gives an upper bound, and a
             smaller one a tighter bound for more time.
 
@@ -85,42 +117,41 @@ def epsilon(
         Epsilon, an upper bound; infinity where nothing is guaranteed.
 
     Raises:
-        InputError: delta is outside (0, 1), or the accountant has no analysis of this event under
-            this relation.
+        InputError: delta is outside (0, 1), there is no analysis of this event under this relation, or it needs more
+            memory than there is.
     """
     check_delta(delta)
     check_analysis(relation, accountant)
-    return _composed_epsilon(event, delta, relation, accountant, pld_interval)
-
-
-@remembered
-def _composed_epsilon(
-    event: dp_accounting.DpEvent,
-    delta: float,
-    relation: Relation,
-    accountant: Accountant,
-    pld_interval: float,
-) -> float:
-    neighbours = dp_accounting.NeighboringRelation[relation.upper()]
-    composed = (
-        FasterPLDAccountant(neighbours, pld_interval)
-        if accountant == "pld"
-        else RdpAccountant(neighboring_relation=neighbours)
-    )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # Orders for which RDP's series does not converge are left out.
     try:
-        composed.compose(event)
+        if accountant == "pld" and has_pld(event, relation):
+            return pld_epsilon(event, delta, relation, pld_interval)
+        return rdp_epsilon(event, delta, relation)
     except dp_accounting.UnsupportedEventError:
-        raise InputError(
-            f"the {accountant.upper()} accountant has no analysis of {type(event).__name__} under the "
-            f"relation {relation}; choose another accountant or relation."
-        ) from None
+        raise _refusal(event, relation, accountant) from None
     except MemoryError:
         raise InputError(
-            f"the {accountant.upper()} accountant needs more memory for this than there is; "
+            "the PLD accountant needs more memory for this than there is; "
             "take fewer steps or more noise, or the RDP accountant."
         ) from None
-    finally:
-        logging.set_verbosity(verbosity)
-    return float(composed.get_epsilon(delta))
+
+
+def epsilon_by_accountant(
+    event: dp_accounting.DpEvent, delta: float, *, relation: Relation = "add_or_remove_one"
+) -> dict[str, float]:
+    """Returns the epsilons that an event costs at a delta by "pld" and by "rdp", where they have an answer.
+
+    Args:
+        event: what was, or will be, released.
+        delta: the probability mass outside the epsilon bound, in (0, 1).
+        relation: the neighbouring relation.
+
+    Raises:
+        InputError: delta is outside (0, 1), or no accountant has an analysis of this event under this relation.
+    """
+    accountants = {accountant_for(event, relation, "pld")}
+    if _has_rdp(event, relation):
+        accountants.add("rdp")
+    return {
+        accountant: epsilon(event, delta, relation=relation, accountant=accountant)
+        for accountant in sorted(accountants)
+    }

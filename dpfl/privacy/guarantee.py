@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from typing import Any
+from typing import Any, Literal
 
-from dpfl.privacy.relations import RELATION_IN_WORDS, UNIT_IN_WORDS, Relation, Unit
+import dp_accounting
+
+from dpfl.errors import InputError
+from dpfl.privacy import accounting, events
+from dpfl.privacy.relations import RELATION_IN_WORDS, UNIT_IN_WORDS, Accountant, Relation, Unit
 from dpfl.privacy.rounding import rounded_up
 
 
@@ -22,9 +27,12 @@ class Guarantee:
         mechanism: the mechanism in words, with its noise multiplier.
         sampler: the sampling in words, with its rate.
         steps: how many noisy sums are released.
-        accountant: the accountant with its version.
+        accountant: the accountant that answered: "pld" or "rdp"; "none" without noise.
+        accounted_by: the accountant in words, with its version.
         released: what the guarantee covers, in words.
         assumptions: sentences that must hold for the guarantee to hold, or that limit it.
+        event: the privacy event as plain values (`dpfl.privacy.events`), from which an accountant
+            computes epsilon anew.
     """
 
     unit: Unit
@@ -34,9 +42,11 @@ class Guarantee:
     mechanism: str
     sampler: str
     steps: int
-    accountant: str
+    accountant: Accountant | Literal["none"]
+    accounted_by: str
     released: str
     assumptions: tuple[str, ...] = ()
+    event: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def statement(self) -> str:
         """The guarantee as a paragraph for a paper."""
@@ -51,7 +61,7 @@ class Guarantee:
                 f"the distribution of {self.released} changes by at most this epsilon and delta when "
                 f"{UNIT_IN_WORDS[self.unit]} {RELATION_IN_WORDS[self.relation]} in the training data (relation "
                 f"{self.relation}).",
-                f"It comes from {how}; epsilon by the accountant {self.accountant}.",
+                f"It comes from {how}; epsilon by the accountant {self.accounted_by}.",
                 *self.assumptions,
             )
         )
@@ -62,3 +72,46 @@ class Guarantee:
         values["assumptions"] = list(self.assumptions)
         values["epsilon"] = None if math.isinf(self.epsilon) else self.epsilon
         return values
+
+    def to_json(self) -> str:
+        """The guarantee as JSON, from which `from_json` makes it again."""
+        return json.dumps(self.as_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Guarantee:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            InputError: it is not the JSON of a guarantee.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except ValueError:
+            raise InputError("this is not the JSON of a guarantee: give what Guarantee.to_json wrote.") from None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Guarantee:
+        """Reads what `as_dict` gave.
+
+        Raises:
+            InputError: fields of a guarantee are missing, or others are there.
+        """
+        try:
+            epsilon = math.inf if values["epsilon"] is None else values["epsilon"]
+            return cls(**{**values, "epsilon": epsilon, "assumptions": tuple(values["assumptions"])})
+        except (TypeError, KeyError):
+            raise InputError("these are not the fields of a guarantee: give what Guarantee.as_dict gave.") from None
+
+    def privacy_event(self) -> dp_accounting.DpEvent:
+        """What was released, as the accountants take it."""
+        return events.from_dict(self.event)
+
+    def recomputed_epsilon(self) -> float:
+        """Epsilon from the recorded event, delta, relation and accountant alone: how a reader checks a record."""
+        if self.accountant == "none":
+            return math.inf
+        return accounting.epsilon(self.privacy_event(), self.delta, relation=self.relation, accountant=self.accountant)
+
+    def epsilon_by_accountant(self) -> dict[str, float]:
+        """Epsilon by each accountant that has an analysis of what was released."""
+        return accounting.epsilon_by_accountant(self.privacy_event(), self.delta, relation=self.relation)

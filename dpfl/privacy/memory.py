@@ -1,50 +1,69 @@
-"""Accounting takes seconds and is a pure function: its answers are kept on disk."""
+"""Calibrating is a pure function that takes a while: its answers are kept on disk."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import importlib.metadata
-import warnings
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import joblib
 import platformdirs
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., float])
 
 
 def remembered(function: Function) -> Function:
-    """Keeps a function's answers in this process and in the user's cache folder.
+    """Keeps a function's answers, which must be numbers, in this process and in the user's cache folder.
 
-    An answer is found again only for the same arguments, by the same sources of this package and the
-    same version of dp-accounting: an upgrade computes anew.
+    An answer is found again only for arguments that are written the same (`repr`), by the same sources of this
+    package and the same version of dp-accounting: an upgrade computes anew. All answers are in one file, since one
+    file for each would take longer to read than some answers to compute.
     """
-    kept_on_disk: list[Callable[..., Any]] = []
+    answers: dict[str, float] = {}
+    file: list[Path] = []
 
-    @functools.cache
-    def remembering(*arguments: Any) -> Any:
-        if not kept_on_disk:
-            kept_on_disk.append(_on_disk(function))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # A damaged answer is computed again, and needs no words.
-                return kept_on_disk[0](*arguments)
-        except OSError:  # A full disk must not stop the accountant.
-            return function(*arguments)
+    @functools.wraps(function)
+    def remembering(*arguments: Any) -> float:
+        if not file:
+            file.append(_folder() / f"{function.__name__}.jsonl")
+            answers.update(_read(file[0]))
+        question = ", ".join(map(repr, arguments))
+        if question not in answers:
+            answers[question] = function(*arguments)
+            _append(file[0], question, answers[question])
+        return answers[question]
 
-    return functools.wraps(function)(remembering)  # type: ignore[return-value]
+    return remembering  # type: ignore[return-value]
 
 
-def _on_disk(function: Callable[..., Any]) -> Callable[..., Any]:
+def _read(file: Path) -> dict[str, float]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            return joblib.Memory(_folder(), verbose=0).cache(function)
-    except (OSError, UserWarning):
-        return function  # No folder to keep answers in: they are computed again in each process.
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return dict(answer for line in lines if (answer := _parsed(line)) is not None)
+
+
+def _parsed(line: str) -> tuple[str, float] | None:
+    """The question and the answer of a line; None if it is damaged, so that the answer is computed again."""
+    try:
+        question, answer = json.loads(line)
+    except (TypeError, ValueError):
+        return None
+    return (question, answer) if isinstance(question, str) and isinstance(answer, float) else None
+
+
+def _append(file: Path, question: str, answer: float) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:
+            # The line break comes first, in case that the last line was cut off.
+            lines.write(f"\n{json.dumps([question, answer])}")
+    except OSError:
+        return  # A full or a read-only disk must not stop the accountant.
 
 
 def _folder() -> Path:

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tensorflow_privacy import DPQuery
 
 from dpfl.clients import LocalTraining
 from dpfl.clients.schedule import minibatches
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Plan
-from dpfl.mechanisms.queries import global_norm
+from dpfl.mechanisms.queries import MeanQuery, global_norm
 from dpfl.models.functional import FunctionalModel
 from dpfl.randomness import Purpose, stateless_seed
 from dpfl.simulation.server import ServerOptimizer
@@ -53,7 +52,6 @@ class Settings(NamedTuple):
     epochs: tf.Tensor
     learning_rate: tf.Tensor
     server: tuple[tf.Tensor, ...]
-    clip_norm: tf.Tensor
     shuffling_seed: tf.Tensor
     model_seed: tf.Tensor
 
@@ -65,11 +63,13 @@ class Measurements(NamedTuple):
         update_norm: mean L2 norm of the updates before clipping.
         clipped_fraction: fraction of the cohort whose update was clipped.
         non_finite_updates: clients whose update was NaN or infinite, and counted as zero.
+        clip_norm: the norm to which updates were clipped.
     """
 
     update_norm: tf.Tensor
     clipped_fraction: tf.Tensor
     non_finite_updates: tf.Tensor
+    clip_norm: tf.Tensor
 
 
 class Engine:
@@ -89,7 +89,7 @@ class Engine:
         model: FunctionalModel,
         batch_size: int,
         server: ServerOptimizer,
-        query: DPQuery,
+        query: MeanQuery,
     ) -> None:
         self._model = model
         self._batch_size = batch_size
@@ -112,18 +112,17 @@ class Engine:
         return State(
             weights,
             server.initial_state(list(weights)),
-            plan.query(seed).initial_global_state(),
+            plan.query(seed, weights).initial_global_state(),
             tf.constant(0, tf.int32),
         )
 
-    def settings(self, plan: Plan, local: LocalTraining, server: ServerOptimizer, seed: int) -> Settings:
+    def settings(self, local: LocalTraining, server: ServerOptimizer, seed: int) -> Settings:
         """A configuration's numbers as tensors."""
         return Settings(
             steps=tf.constant(local.steps or 0, tf.int32),
             epochs=tf.constant(local.epochs or 0, tf.int32),
             learning_rate=tf.constant(local.learning_rate, tf.float32),
             server=tuple(tf.constant(number, tf.float32) for number in server.numbers()),
-            clip_norm=tf.constant(plan.clip_norm, tf.float32),
             shuffling_seed=tf.constant(stateless_seed(seed, Purpose.SHUFFLING)),
             model_seed=tf.constant(stateless_seed(seed, Purpose.MODEL)),
         )
@@ -184,6 +183,7 @@ class Engine:
     def _round(self, state: State, cohort: tf.Tensor, settings: Settings) -> tuple[State, Measurements]:
         size = tf.shape(cohort)[0]
         params = self._query.derive_sample_params(state.query)
+        clip_norm = self._query.clip_norm(params)
         chunk_size = _VECTORIZED_CLIENTS if self._vectorizes else 1
 
         def body(start: tf.Tensor, total: Any, measured: Measurements) -> tuple[tf.Tensor, Any, Measurements]:
@@ -191,22 +191,24 @@ class Engine:
             if self._vectorizes:
                 updates = self._train_chunk(state, chunk, settings)
                 norms = tf.vectorized_map(global_norm, updates)
-                records = tf.vectorized_map(lambda update: self._query.preprocess_record(params, update), updates)
+                # Drawing at the client falls back to a loop over the clients, which needs no words.
+                records = tf.vectorized_map(lambda one: self._preprocess(params, *one), (updates, chunk), warn=False)
                 record = tf.nest.map_structure(lambda part: tf.reduce_sum(part, axis=0), records)
             else:
                 update = self._train_client(state, chunk[0], settings)
                 norms = global_norm(update)[None]
-                record = self._query.preprocess_record(params, update)
+                record = self._preprocess(params, update, chunk[0])
             finite = tf.math.is_finite(norms)
             measured = Measurements(
                 measured.update_norm + tf.reduce_sum(tf.where(finite, norms, 0.0)),
-                measured.clipped_fraction + tf.reduce_sum(tf.cast(finite & (norms > settings.clip_norm), tf.float32)),
+                measured.clipped_fraction + tf.reduce_sum(tf.cast(finite & (norms > clip_norm), tf.float32)),
                 measured.non_finite_updates + tf.reduce_sum(tf.cast(~finite, tf.float32)),
+                clip_norm,
             )
             return start + chunk_size, self._query.accumulate_preprocessed_record(total, record), measured
 
         nothing = self._query.initial_sample_state(list(state.weights))
-        zeros = Measurements(*(tf.constant(0.0) for _ in Measurements._fields))
+        zeros = Measurements(tf.constant(0.0), tf.constant(0.0), tf.constant(0.0), clip_norm)
         _, total, measured = tf.while_loop(
             lambda start, *_: start < size, body, (tf.constant(0), nothing, zeros), parallel_iterations=1
         )
@@ -217,6 +219,10 @@ class Engine:
             update_norm=measured.update_norm / clients, clipped_fraction=measured.clipped_fraction / clients
         )
         return State(tuple(weights), server_state, query_state, state.round + 1), measured
+
+    def _preprocess(self, params: Any, update: list[tf.Tensor], client: tf.Tensor) -> Any:
+        """What one client sends: private until it is summed, unless the mechanism says otherwise."""
+        return self._query.preprocess_record(self._query.client_params(params, client), update)
 
     def _schedule(self, state: State, clients: tf.Tensor, settings: Settings) -> tuple[tf.Tensor, tf.Tensor]:
         return minibatches(

@@ -15,11 +15,11 @@ import dpfl.data
 from dpfl.clients import LocalTraining
 from dpfl.config import Config
 from dpfl.data import FederatedData
-from dpfl.mechanisms import Gaussian, Mechanism, Plan
+from dpfl.mechanisms import Deployment, Gaussian, Mechanism, Plan
 from dpfl.models.named import check_named
 from dpfl.privacy import Privacy
 from dpfl.randomness import check_seed
-from dpfl.sampling import Poisson
+from dpfl.sampling import Sampler
 from dpfl.simulation.server import ServerOptimizer
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class Experiment(Config):
         sampler: which clients take part in a round.
         rounds: the number of rounds.
         server: what the server does with the mean update.
+        deployment: a larger population for which the noise is calibrated; None for the data's clients. The
+            result then keeps two guarantees: what the simulation keeps, and what it stands for.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
 
     Raises:
@@ -48,11 +50,12 @@ class Experiment(Config):
     data: FederatedData
     model: Any = "softmax"
     local: LocalTraining = LocalTraining(epochs=1)
-    mechanism: Mechanism = pydantic.Field(default=Gaussian(clip_norm=1.0), discriminator="name")
+    mechanism: Mechanism = Gaussian(clip_norm=1.0)
     privacy: Privacy
-    sampler: Poisson
+    sampler: Sampler
     rounds: int = pydantic.Field(gt=0)
     server: ServerOptimizer = ServerOptimizer()
+    deployment: Deployment | None = None
     evaluate_every: int = pydantic.Field(default=10, gt=0)
 
     @pydantic.field_validator("data", mode="before")
@@ -87,9 +90,25 @@ class Experiment(Config):
         Raises:
             InputError: the privacy target cannot be met.
         """
-        plan = self.mechanism.plan(self.privacy, self.sampler, self.data.num_clients, self.rounds)
+        plan = self.mechanism.plan(
+            self.privacy,
+            self.sampler,
+            self.data.num_clients,
+            self.rounds,
+            dimension=self._dimension() if self.mechanism.needs_dimension else None,
+            deployment=self.deployment,
+        )
         assumptions = plan.guarantee.assumptions + (self.data.assumptions if plan.is_private else ())
         return dataclasses.replace(plan, guarantee=dataclasses.replace(plan.guarantee, assumptions=assumptions))
+
+    def _dimension(self) -> int:
+        """The number of trainable weights, for which a named model has to be built."""
+        from dpfl.models.functional import FunctionalModel
+
+        model = self.model
+        if isinstance(model, str):
+            model = FunctionalModel(model, self.data.example_shape, self.data.num_classes)
+        return model.parameters
 
     def run(self, seed: int = 0, *, progress: bool = True) -> Result:
         """Trains one model.
@@ -120,6 +139,7 @@ class Experiment(Config):
             "model": self.model if isinstance(self.model, str) else self.model.key,
             **{name: getattr(self, name).model_dump() for name in groups},
             "rounds": self.rounds,
+            "deployment": None if self.deployment is None else self.deployment.model_dump(),
             "evaluate_every": self.evaluate_every,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import math
 import time
 from collections.abc import Callable
@@ -39,18 +40,21 @@ def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], 
     started = time.perf_counter()
     model, engine = _engine(experiment, plan)
     state = engine.initial_state(plan, experiment.server, seed)
-    settings = engine.settings(plan, experiment.local, experiment.server, seed)
+    settings = engine.settings(experiment.local, experiment.server, seed)
 
     history: list[dict[str, Any]] = []
     evaluation: dict[str, float] = {}
-    for first in range(0, experiment.rounds, experiment.evaluate_every):
-        numbers = range(first, min(first + experiment.evaluate_every, experiment.rounds))
+    ledger = plan.ledger()
+    for first in range(0, plan.rounds, experiment.evaluate_every):
+        numbers = range(first, min(first + experiment.evaluate_every, plan.rounds))
         cohorts = [plan.sampler.clients(seed, number, plan.population) for number in numbers]
         state, measured = engine.run_rounds(state, cohorts, settings)
         evaluation = _evaluate(engine, state)
         for index, number in enumerate(numbers):
             values = {name: float(measured[name][index]) for name in Measurements._fields}
-            history.append({"round": number + 1, "cohort": len(cohorts[index]), **values})
+            ledger.advance()
+            spent = {"epsilon_spent": ledger.epsilon if plan.is_private else None}
+            history.append({"round": number + 1, "cohort": len(cohorts[index]), **spent, **values})
         history[-1].update(evaluation)
         advance(len(numbers))
 
@@ -58,10 +62,12 @@ def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], 
     record = {
         "run_id": experiment.run_id(seed),
         "status": "diverged" if lost_a_round or not math.isfinite(evaluation["loss"]) else "finished",
-        **_settings_columns(experiment, model),
+        **_settings_columns(experiment, plan, model),
+        "rounds_done": ledger.rounds,
         "epsilon_spent": plan.guarantee.epsilon if plan.is_private else None,
+        "epsilon_extrapolated": None if plan.extrapolated is None else plan.extrapolated.epsilon,
         "noise_multiplier": plan.noise_multiplier,
-        "sampling_rate": plan.sampling_rate,
+        "sampling_rate": plan.expected_cohort / plan.population,
         "seed": seed,
         **evaluation,
         "seconds": time.perf_counter() - started,
@@ -78,12 +84,12 @@ def _engine(experiment: Experiment, plan: Plan) -> tuple[FunctionalModel, Engine
         model if isinstance(model, str) else model.key,
         experiment.local.batch_size,
         experiment.server.name,
-        experiment.mechanism.name,
+        plan.structure,
     )
     if key not in _ENGINES:
         if isinstance(model, str):
             model = FunctionalModel(model, data.example_shape, data.num_classes)
-        query = plan.query(seed=0)
+        query = plan.query(0, model.initial_weights(0))
         _ENGINES[key] = model, Engine(data, model, experiment.local.batch_size, experiment.server, query)
         if len(_ENGINES) > _KEPT_ENGINES:
             _ENGINES.popitem(last=False)
@@ -102,9 +108,10 @@ def _evaluate(engine: Engine, state: State) -> dict[str, float]:
     }
 
 
-def _settings_columns(experiment: Experiment, model: FunctionalModel) -> dict[str, Any]:
+def _settings_columns(experiment: Experiment, plan: Plan, model: FunctionalModel) -> dict[str, Any]:
     """The settings as columns of `runs.csv`, in the field's words."""
     privacy, local, server = experiment.privacy, experiment.local, experiment.server
+    promised, deployment = plan.extrapolated or plan.guarantee, experiment.deployment
     return {
         "dataset": experiment.data.name,
         "data_fingerprint": experiment.data.fingerprint,
@@ -113,13 +120,14 @@ def _settings_columns(experiment: Experiment, model: FunctionalModel) -> dict[st
         "model": model.key,
         "parameters": model.parameters,
         "mechanism": experiment.mechanism.name,
+        "mechanism_settings": json.dumps(experiment.mechanism.model_dump()),
         "unit": privacy.unit,
         "relation": privacy.relation,
-        "sampler": type(experiment.sampler).__name__,
-        "accountant": privacy.accountant,
+        "sampler": experiment.sampler.name,
+        "accountant": privacy.accountant if promised.accountant == "none" else promised.accountant,
         "epsilon": privacy.epsilon,
         "delta": None if privacy.epsilon is None else privacy.delta,
-        "clip_norm": getattr(experiment.mechanism, "clip_norm", None),
+        "clip_norm": experiment.mechanism.clip_norm if math.isfinite(experiment.mechanism.clip_norm) else None,
         "rounds": experiment.rounds,
         "local_steps": local.steps,
         "local_epochs": local.epochs,
@@ -127,5 +135,7 @@ def _settings_columns(experiment: Experiment, model: FunctionalModel) -> dict[st
         "learning_rate": local.learning_rate,
         "server_optimizer": server.name,
         "server_learning_rate": server.learning_rate,
-        "cohort": experiment.sampler.cohort,
+        "cohort": plan.expected_cohort,
+        "deployment_clients": None if deployment is None else deployment.clients,
+        "deployment_cohort": None if deployment is None else deployment.cohort,
     }

@@ -145,7 +145,7 @@ class Study:
         tasks = self._missing(store)
         if tasks:
             planned = self._plan(sorted({task.experiment for task in tasks}), progress)
-            rounds = sum(self.experiments[task.experiment].rounds for task in tasks)
+            rounds = sum(planned[task.experiment].plan.rounds for task in tasks)
             unit = f"rounds in {len(tasks)} runs"
             with progress_bar("training", rounds, unit, shown=progress) as advance:
                 run_tasks(planned, tasks, store.folder, workers, advance)

@@ -8,7 +8,7 @@ from typing import Any
 from dpfl.clients import LocalTraining
 from dpfl.data import FederatedData
 from dpfl.errors import InputError
-from dpfl.mechanisms import Gaussian, NoMechanism
+from dpfl.mechanisms import Deployment, Gaussian, NoMechanism
 from dpfl.privacy import Privacy
 from dpfl.sampling import Poisson
 from dpfl.simulation import Experiment, ServerOptimizer
@@ -29,6 +29,7 @@ def tradeoff(
     learning_rate: float,
     server: ServerOptimizer,
     seeds: int,
+    deployment: Deployment | None = None,
 ) -> Study:
     """Returns the study of epsilon x clip norm x number of rounds, with plain averaging beside it.
 
@@ -49,6 +50,7 @@ def tradeoff(
         learning_rate: of the clients' SGD.
         server: the server's optimizer.
         seeds: number of seeds.
+        deployment: the larger population that the epsilons are for; None for the data's clients.
 
     Raises:
         InputError: a value is wrong, or the local work cannot be split evenly into the rounds.
@@ -74,6 +76,7 @@ def tradeoff(
         sampler=Poisson(cohort=cohort),
         rounds=frequencies[0][0],
         server=server,
+        deployment=deployment,
     )
     frequency = {("rounds", "local.steps"): frequencies}
     experiments = grid(base, {"privacy.epsilon": epsilons, "mechanism.clip_norm": clip_norms, **frequency})

@@ -122,7 +122,7 @@ def table(tmp_path: Path) -> Path:
         ("--cohort 301", "exceeds the 300 clients"),
         ("--learning-rate 0", "learning rate"),
         ("--seeds 0", "at least one seed"),
-        ("--relation replace_one --accountant rdp", "use the PLD accountant"),
+        ("--deployment-clients 1000000", "go together"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(

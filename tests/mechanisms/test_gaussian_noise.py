@@ -1,11 +1,10 @@
 """The noise: normal, of the right size, fresh where it must be and repeatable where it must be."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import tensorflow as tf
 from guarantee_checks import (
+    changed,
     check_noise_distribution,
     check_noise_independence,
     check_noise_repeats,
@@ -14,7 +13,7 @@ from guarantee_checks import (
 )
 from scipy import stats
 
-from dpfl.mechanisms import Gaussian, NoMechanism, Plan
+from dpfl.mechanisms import Gaussian, NoMechanism
 from dpfl.privacy import Privacy
 from dpfl.randomness import Purpose, stateless_seed
 from dpfl.sampling import Poisson
@@ -22,23 +21,17 @@ from dpfl.sampling import Poisson
 SHAPES = [(40,), (5, 8)]
 
 
-def other(plan: Plan, **changes: object) -> Plan:
-    return dataclasses.replace(plan, **changes)
-
-
 class TestDistribution:
     @pytest.mark.parametrize(
         ("clip", "multiplier", "cohort"), [(0.7, 1.33, 20), (1e-3, 0.5, 1), (250.0, 8.0, 1000), (1.0, 1e-3, 3)]
     )
     def test_is_normal_with_deviation_z_clip_over_cohort(self, plan, clip, multiplier, cohort):
-        check_noise_distribution(
-            other(plan, clip_norm=clip, noise_multiplier=multiplier, sampler=Poisson(cohort=cohort))
-        )
+        check_noise_distribution(changed(plan, clip_norm=clip, noise_multiplier=multiplier, cohort=cohort))
 
     def test_has_the_normals_tails(self, plan):
         # Of 400,000 normal draws 25.3 lie beyond 4 deviations; outside [5, 55] with probability 1e-6.
         draws = np.concatenate([tensors[0] for tensors in noise(plan, 2, 4, [(100_000,)])])
-        scale = plan.noise_stddev / plan.sampler.cohort
+        scale = plan.noise_multiplier * plan.clip_norm / plan.expected_cohort
         assert 5 <= np.sum(np.abs(draws) > 4 * scale) <= 55
         # The excess kurtosis of n normal draws has variance 24 / n; beyond 5 of its deviations 6e-7.
         assert abs(stats.kurtosis(draws)) <= 5 * np.sqrt(24 / len(draws))
@@ -90,12 +83,13 @@ class TestRepetition:
         for changes in (
             {"noise_multiplier": 5.0},
             {"clip_norm": 0.01},
-            {"sampler": Poisson(cohort=3)},
+            {"cohort": 3},
             {"population": 1000, "rounds": 500},
         ):
-            changed = other(plan, **changes)
-            ratio = changed.noise_stddev / plan.noise_stddev * plan.sampler.cohort / changed.sampler.cohort
-            for before, after in zip(reference, noise(changed, 4, 2, SHAPES), strict=True):
+            other = changed(plan, **changes)
+            scales = [p.noise_multiplier * p.clip_norm / p.expected_cohort for p in (plan, other)]
+            ratio = scales[1] / scales[0]
+            for before, after in zip(reference, noise(other, 4, 2, SHAPES), strict=True):
                 for first, second in zip(before, after, strict=True):
                     np.testing.assert_allclose(second, first * ratio, rtol=1e-5)
 
@@ -122,7 +116,7 @@ class TestState:
         state = first = query.initial_global_state()
         for number in range(4):
             assert state.numerator_state.round.numpy() == number
-            assert state.denominator.numpy() == plan.sampler.cohort
+            assert state.denominator.numpy() == plan.expected_cohort
             for name in ("clip_norm", "stddev", "seed"):
                 before, after = (getattr(s.numerator_state, name).numpy() for s in (first, state))
                 np.testing.assert_array_equal(before, after)
@@ -131,13 +125,13 @@ class TestState:
     def test_holds_the_plans_numbers(self, plan):
         state = plan.query(7).initial_global_state().numerator_state
         assert state.clip_norm.numpy() == np.float32(plan.clip_norm)
-        assert state.stddev.numpy() == np.float32(plan.noise_stddev)
+        assert state.stddev.numpy() == np.float32(plan.noise_multiplier * plan.clip_norm)
         np.testing.assert_array_equal(state.seed.numpy(), stateless_seed(7, Purpose.NOISE))
         assert {tensor.dtype for tensor in state} == {tf.float32, tf.int32}
 
     def test_two_queries_of_a_plan_are_interchangeable(self, plan):
         # The engine compiles one query and is given the states of others.
-        first, second = plan.query(1), other(plan, clip_norm=3.0, sampler=Poisson(cohort=5)).query(2)
+        first, second = plan.query(1), changed(plan, clip_norm=3.0, cohort=5).query(2)
         record, template = [np.full(4, 9, np.float32)], [tf.zeros(4)]
         own, _ = release(second, [record], template)
         through_the_other, _ = release(first, [record], template, second.initial_global_state())

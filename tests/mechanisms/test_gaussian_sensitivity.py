@@ -1,13 +1,12 @@
 """However wicked the updates, a client moves the un-noised mean by at most clip / cohort."""
 
-import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from guarantee_checks import check_clipping, check_denominator, check_sensitivity, release, unnoised_mean
+from guarantee_checks import changed, check_clipping, check_denominator, check_sensitivity, release, unnoised_mean
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,11 +28,12 @@ SHAPES = st.lists(
 )
 CLIPS = st.sampled_from([1e-6, 0.01, 0.7, 1.0, 3.5, 1e4])
 COHORTS = st.sampled_from([1, 3, 20, 1000])
+PER_LAYER = st.sampled_from(["per_layer", "per_layer_by_size"])
 UNPROTECTED = Gaussian(clip_norm=1).plan(Privacy(epsilon=None), Poisson(cohort=1), 1000, 1)
 
 
-def plan_of(clip: float, cohort: int) -> Plan:
-    return dataclasses.replace(UNPROTECTED, clip_norm=clip, sampler=Poisson(cohort=cohort))
+def plan_of(clip: float, cohort: int, clipping: str = "flat") -> Plan:
+    return changed(UNPROTECTED, mechanism=Gaussian(clip_norm=clip, clipping=clipping), cohort=cohort)
 
 
 def nested(parts: list[Any], kind: str) -> Any:
@@ -116,14 +116,73 @@ class TestClipping:
         np.testing.assert_array_equal(unnoised_mean(plan_of(0.5, 1), [update], [tf.zeros(4)]), 0.25)
 
 
+class TestPerLayerClipping:
+    @SETTINGS
+    @given(CLIPS, COHORTS, PER_LAYER, cohorts(ANYTHING, size=4))
+    def test_sensitivity_to_any_updates(self, clip, cohort, clipping, drawn):
+        template, updates = drawn
+        check_sensitivity(plan_of(clip, cohort, clipping), template, updates[:3], others=updates[3:])
+
+    @SETTINGS
+    @given(CLIPS, COHORTS, PER_LAYER, cohorts(ORDINARY, size=4))
+    def test_sensitivity_to_ordinary_updates(self, clip, cohort, clipping, drawn):
+        template, updates = drawn
+        check_sensitivity(plan_of(clip, cohort, clipping), template, updates[:3], others=updates[3:])
+
+    @SETTINGS
+    @given(CLIPS, PER_LAYER, cohorts(ANYTHING, size=1))
+    def test_each_tensor_keeps_its_direction_and_at_most_its_share(self, clip, clipping, drawn):
+        template, (update,) = drawn
+        received, _ = release(plan_of(clip, 1, clipping).query(0), [update], template)
+        sent, came = (tf.nest.flatten(record) for record in (update, received))
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = [float(np.sqrt(np.sum(np.square(part)))) for part in sent]
+            whole = math.sqrt(sum(norm**2 for norm in norms))
+        if not whole < np.finfo(np.float32).max ** 0.5:
+            assert all(not part.any() for part in came)
+            return
+        sizes = [part.size if "size" in clipping else 1 for part in sent]
+        shares = [clip * math.sqrt(size / sum(sizes)) for size in sizes]
+        for part, kept, norm, share in zip(sent, came, norms, shares, strict=True):
+            np.testing.assert_allclose(kept, part * min(1, share / max(norm, 1e-30)), rtol=1e-5, atol=1e-36)
+
+    @pytest.mark.parametrize(
+        ("clipping", "shares"),
+        [
+            ("flat", (0.5, 0.5 * math.sqrt(3))),
+            ("per_layer", (0.5**0.5, 0.5**0.5)),
+            ("per_layer_by_size", (0.5, 0.75**0.5)),
+        ],
+    )
+    def test_shares(self, clipping, shares):
+        update = [np.full(1, 30, np.float32), np.full(3, -30, np.float32)]
+        received, _ = release(plan_of(1.0, 1, clipping).query(0), [update], [tf.zeros(1), tf.zeros(3)])
+        np.testing.assert_allclose([np.linalg.norm(part) for part in received], shares, rtol=1e-6)
+
+    @pytest.mark.parametrize("clipping", ["per_layer", "per_layer_by_size"])
+    def test_a_non_finite_tensor_leaves_nothing_of_the_update(self, clipping):
+        template = [tf.zeros(2), tf.zeros(3)]
+        for bad in (math.nan, math.inf, 1e30):
+            update = [np.float32([0.1, 0.1]), np.float32([0, bad, 0])]
+            assert not unnoised_mean(plan_of(1.0, 1, clipping), [update], template).any()
+
+    def test_splits_the_noise_no_differently(self):
+        flat, split = (
+            release(changed(plan_of(0.7, 3, clipping), noise_multiplier=2.0).query(4), [], [tf.zeros(4), tf.zeros(2)])
+            for clipping in ("flat", "per_layer")
+        )
+        for first, second in zip(flat[0], split[0], strict=True):
+            np.testing.assert_array_equal(first, second)
+
+
 class TestDenominator:
     @pytest.mark.parametrize("cohort", [1, 2, 7, 100])
     def test_is_the_expected_cohort(self, cohort):
         check_denominator(plan_of(0.7, cohort))
 
     def test_of_an_empty_cohort_divides_the_noise_alone(self):
-        plan = dataclasses.replace(plan_of(0.5, 10), noise_multiplier=2.0)
-        wider = dataclasses.replace(plan, sampler=Poisson(cohort=40))
+        plan = changed(plan_of(0.5, 10), noise_multiplier=2.0)
+        wider = changed(plan, cohort=40)
         narrow, wide = (release(p.query(0), [], [tf.zeros(30)])[0][0] for p in (plan, wider))
         assert np.all(np.isfinite(narrow))
         assert narrow.any()

@@ -5,23 +5,39 @@ import json
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from guarantee_checks import (
+    changed,
     check_accounting,
+    check_denominator,
     check_noise_distribution,
+    check_recorded_event,
+    check_sensitivity,
     check_wicked_neighbours,
     check_wicked_records,
+    noise,
     release,
     wicked_records,
 )
 
 from dpfl.errors import InputError
-from dpfl.mechanisms import Gaussian, NoMechanism, Plan
-from dpfl.privacy import Privacy, epsilon, poisson_gaussian
-from dpfl.sampling import Poisson
+from dpfl.mechanisms import Deployment, Gaussian, NoMechanism, Plan
+from dpfl.privacy import Guarantee, Privacy, accounting, epsilon, poisson_gaussian
+from dpfl.privacy.events import from_dict
+from dpfl.sampling import (
+    BallsInBins,
+    BaseSampler,
+    CappedPoisson,
+    Cyclic,
+    CyclicPoisson,
+    Everyone,
+    FixedSize,
+    Poisson,
+)
 
 TARGET = Privacy(epsilon=0.5, delta=1e-3)
 # Milliseconds to account for where everybody takes part.
@@ -32,6 +48,13 @@ def planned(
     target: Privacy = TARGET, *, clip: float = 0.7, cohort: int = 20, population: int = 60, rounds: int = 4
 ) -> Plan:
     return Gaussian(clip_norm=clip).plan(target, Poisson(cohort=cohort), population, rounds)
+
+
+def assert_extrapolates(plan: Plan, guarantee: Guarantee) -> None:
+    """The plan extrapolates to a guarantee, and says that it is an extrapolation."""
+    label, *assumptions = plan.extrapolated.assumptions
+    assert label.startswith("This is an extrapolation")
+    assert dataclasses.replace(plan.extrapolated, assumptions=tuple(assumptions)) == guarantee
 
 
 def refusal(function: object, *arguments: object, **settings: object) -> str:
@@ -49,13 +72,17 @@ class TestGaussian:
         sampler = Poisson(cohort=20)
         plan = Gaussian(clip_norm=0.7).plan(TARGET, sampler, 60, 4)
         assert plan.sampler is sampler
-        assert (plan.mechanism, plan.population, plan.rounds, plan.clip_norm) == ("gaussian", 60, 4, 0.7)
-        assert plan.sampling_rate == 20 / 60
+        assert (plan.mechanism.name, plan.population, plan.rounds, plan.clip_norm) == ("gaussian", 60, 4, 0.7)
+        assert plan.mechanism == Gaussian(clip_norm=0.7)
+        assert plan.target is TARGET
+        assert plan.expected_cohort == 20
+        assert plan.extrapolated is None
         assert plan.is_private
 
     def test_the_guarantee_is_what_the_accountant_finds_for_the_plan(self):
         plan = planned()
-        event = poisson_gaussian(plan.noise_multiplier, plan.sampling_rate, plan.rounds)
+        event = poisson_gaussian(plan.noise_multiplier, 20 / 60, plan.rounds)
+        assert plan.event() == event
         assert plan.guarantee.epsilon == epsilon(event, 1e-3)
         assert 0.999 * 0.5 <= plan.guarantee.epsilon <= 0.5
 
@@ -69,7 +96,8 @@ class TestGaussian:
     def test_the_guarantee_repeats_the_target(self):
         made = planned(TARGET.replace(relation="replace_special")).guarantee
         assert (made.unit, made.relation, made.delta, made.steps) == ("user", "replace_special", 1e-3, 4)
-        assert made.accountant.startswith("PLD (dp-accounting ")
+        assert made.accountant == "pld"
+        assert made.accounted_by.startswith("PLD (dpfl ")
 
     def test_the_statement_names_noise_clip_and_sampling(self):
         plan = planned()
@@ -81,14 +109,16 @@ class TestGaussian:
 
     def test_the_accountant_is_the_targets(self):
         plan = planned(TARGET.replace(accountant="rdp"), cohort=60)
-        assert plan.guarantee.accountant.startswith("RDP (dp-accounting ")
+        assert plan.guarantee.accountant == "rdp"
+        assert plan.guarantee.accounted_by.startswith("RDP (dpfl ")
         assert plan.noise_multiplier > planned(cohort=60).noise_multiplier
 
     def test_noise_grows_with_the_clip_and_the_multiplier_does_not(self):
         for clip in (0.01, 0.7, 50):
             plan = planned(clip=clip)
             assert plan.noise_multiplier == planned().noise_multiplier
-            assert plan.noise_stddev == plan.noise_multiplier * clip
+            state = plan.query(0).initial_global_state().numerator_state
+            assert state.stddev.numpy() == np.float32(plan.noise_multiplier * clip)
 
     def test_more_is_charged_for_more(self):
         base = planned(QUICK, cohort=60).noise_multiplier
@@ -117,7 +147,9 @@ class TestGaussian:
 
     @pytest.mark.parametrize("rounds", [0, -1])
     def test_no_rounds_are_refused(self, rounds):
-        assert refusal(planned, rounds=rounds).startswith("at least 1 step must be released")
+        message = f"at least 1 round must be planned, but it was {rounds}."
+        assert refusal(planned, rounds=rounds) == message
+        assert refusal(planned, Privacy(epsilon=None), rounds=rounds) == message
 
     def test_epsilon_beyond_protection_is_refused(self):
         assert refusal(TARGET.replace, epsilon=101).startswith("epsilon must be a positive number up to 100")
@@ -125,7 +157,8 @@ class TestGaussian:
     @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one", "replace_special"])
     def test_without_an_epsilon_updates_are_clipped_and_nothing_is_promised(self, relation):
         plan = planned(Privacy(epsilon=None, relation=relation))
-        assert (plan.noise_multiplier, plan.noise_stddev, plan.clip_norm) == (0, 0, 0.7)
+        assert (plan.noise_multiplier, plan.clip_norm) == (0, 0.7)
+        assert plan.query(0).initial_global_state().numerator_state.stddev.numpy() == 0
         assert plan.guarantee.epsilon == math.inf
         assert not plan.is_private
         assert plan.guarantee.statement().startswith("No differential privacy")
@@ -141,6 +174,282 @@ class TestGaussian:
         check_noise_distribution(plan)
 
 
+# With the relation that each has an analysis under.
+SAMPLERS = {
+    "poisson": (Poisson(cohort=20), "add_or_remove_one"),
+    "capped_poisson": (CappedPoisson(cohort=20), "add_or_remove_one"),
+    "capped_poisson, low": (CappedPoisson(cohort=20, cap=25), "replace_special"),
+    "fixed_size": (FixedSize(cohort=20), "replace_one"),
+    "everyone": (Everyone(), "replace_one"),
+    "cyclic": (Cyclic(cohort=25), "add_or_remove_one"),
+    "cyclic_poisson": (CyclicPoisson(cohort=6, groups=5), "replace_special"),
+    "balls_in_bins": (BallsInBins(cohort=20), "add_or_remove_one"),
+}
+
+
+@pytest.mark.parametrize(("sampler", "relation"), SAMPLERS.values(), ids=SAMPLERS.keys())
+class TestWithEverySampler:
+    def plan(self, sampler: BaseSampler, relation: Any, **settings: Any) -> Plan:
+        target = Privacy(epsilon=3, delta=1e-3, relation=relation).replace(**settings)
+        return Gaussian(clip_norm=0.7).plan(target, sampler, 60, 7)
+
+    def test_the_noise_is_enough_and_hardly_more(self, sampler, relation):
+        plan = self.plan(sampler, relation)
+        assert 0.995 * 3 <= plan.guarantee.epsilon <= 3
+        check_recorded_event(plan)
+
+    def test_the_event_is_the_samplers_with_the_plans_noise_and_rounds(self, sampler, relation):
+        plan = self.plan(sampler, relation)
+        gaussian = poisson_gaussian(plan.noise_multiplier, 1, 1).event
+        assert plan.event() == sampler.event(gaussian, 60, 7)
+        for rounds in (1, 2, 7):
+            assert plan.event(rounds) == sampler.event(gaussian, 60, rounds)
+
+    def test_sums_are_divided_by_the_expected_cohort(self, sampler, relation):
+        plan = self.plan(sampler, relation, epsilon=None)
+        assert plan.expected_cohort == sampler.expected_cohort(60)
+        assert plan.query(0).initial_global_state().denominator.numpy() == np.float32(sampler.expected_cohort(60))
+        check_denominator(plan)
+
+    def test_the_statement_says_how_clients_are_drawn(self, sampler, relation):
+        text = self.plan(sampler, relation).guarantee.statement()
+        assert sampler.in_words(60) in text
+        assert f"(relation {relation})" in text
+
+    def test_relations_without_an_analysis_are_refused(self, sampler, relation):
+        for other in {"add_or_remove_one", "replace_one", "replace_special"} - set(sampler.relations):
+            message = refusal(self.plan, sampler, other)
+            assert message.startswith(f"the sampler {sampler.name} has no known analysis under the relation {other}")
+            # Without noise nothing is analysed.
+            assert not self.plan(sampler, other, epsilon=None).is_private
+
+
+class TestFixedNoise:
+    def plan(self, noise: float = 1.1, *, rounds: int = 12, sampler: BaseSampler | None = None, **target: Any) -> Plan:
+        mechanism = Gaussian(clip_norm=0.7, noise_multiplier=noise)
+        wanted = Privacy(**{"epsilon": None, "delta": 1e-3, **target})
+        return mechanism.plan(wanted, sampler or Poisson(cohort=20), 60, rounds)
+
+    def test_without_a_target_its_epsilon_is_stated(self):
+        plan = self.plan()
+        assert (plan.noise_multiplier, plan.rounds) == (1.1, 12)
+        assert plan.guarantee.epsilon == epsilon(poisson_gaussian(1.1, 1 / 3, 12), 1e-3)
+        assert plan.is_private
+        assert plan.guarantee.assumptions
+        check_accounting(plan)
+        check_recorded_event(plan)
+        check_noise_distribution(plan)
+
+    def test_without_a_target_the_delta_must_not_be_weak(self):
+        assert "is no privacy for 60 clients" in refusal(self.plan, delta=0.5)
+
+    def test_without_a_target_the_relation_must_have_an_analysis(self):
+        assert "no known analysis" in refusal(lambda: self.plan(sampler=FixedSize(cohort=20)))
+
+    @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one", "replace_special"])
+    @pytest.mark.parametrize("accountant", ["pld", "rdp"])
+    def test_a_budget_ends_training_before_the_round_that_exceeds_it(self, relation, accountant):
+        analysis = {"relation": relation, "accountant": accountant}
+        plan = self.plan(rounds=1000, epsilon=8, **analysis)
+        assert 1 < plan.rounds < 1000
+        assert plan.guarantee.steps == plan.rounds
+        assert plan.guarantee.epsilon <= 8 < epsilon(plan.event(plan.rounds + 1), 1e-3, **analysis)
+        check_recorded_event(plan)
+
+    @pytest.mark.parametrize(
+        "sampler", [Cyclic(cohort=20), BallsInBins(cohort=20), Everyone(), CyclicPoisson(cohort=5, groups=3)]
+    )
+    def test_a_budget_with_samplers_whose_cost_is_a_staircase(self, sampler):
+        plan = self.plan(rounds=500, sampler=sampler, epsilon=8)
+        assert plan.rounds < 500
+        assert plan.guarantee.epsilon <= 8 < epsilon(plan.event(plan.rounds + 1), 1e-3)
+
+    def test_a_budget_that_suffices_cuts_nothing(self):
+        free = self.plan(rounds=12)
+        plan = self.plan(rounds=12, epsilon=round(free.guarantee.epsilon + 0.1, 3))
+        assert plan.rounds == 12
+        assert plan.guarantee.epsilon == free.guarantee.epsilon
+        assert self.plan(rounds=12, epsilon=free.guarantee.epsilon).rounds == 12
+
+    def test_a_budget_below_one_round_is_refused(self):
+        one = self.plan(rounds=1).guarantee.epsilon
+        assert self.plan(rounds=5, epsilon=one * 1.001).rounds == 1
+        message = refusal(lambda: self.plan(rounds=5, epsilon=one * 0.99))
+        assert "epsilon" in message
+
+    @pytest.mark.parametrize("noise", [0, 0.009, -1, math.nan, math.inf])
+    def test_impossible_noise_is_refused(self, noise):
+        assert refusal(self.plan, noise).startswith("the noise multiplier must be finite and at least 0.01, but it was")
+
+
+class TestDeployment:
+    DEPLOYMENT = Deployment(clients=100_000, cohort=1000)
+
+    def plan(self, deployment: Deployment | None = DEPLOYMENT, **settings: Any) -> Plan:
+        target = Privacy(epsilon=2, delta=1e-6).replace(**settings)
+        return Gaussian(clip_norm=0.7).plan(target, Poisson(cohort=20), 60, 10, deployment=deployment)
+
+    def test_the_mean_has_as_much_noise_as_the_deployments(self):
+        plan = self.plan()
+        deployed = Gaussian(clip_norm=0.7).plan(plan.target, Poisson(cohort=1000), 100_000, 10)
+        assert plan.noise_multiplier / 20 == pytest.approx(deployed.noise_multiplier / 1000, rel=1e-12)
+        for ours, theirs in zip(noise(plan, 3, 2, [(50,)]), noise(deployed, 3, 2, [(50,)]), strict=True):
+            np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+
+    def test_states_what_each_of_the_two_guarantees(self):
+        plan = self.plan()
+        deployed = Gaussian(clip_norm=0.7).plan(plan.target, Poisson(cohort=1000), 100_000, 10)
+        assert_extrapolates(plan, deployed.guarantee)
+        assert 0.995 * 2 <= plan.extrapolated.epsilon <= 2
+        assert "100000 clients" in plan.extrapolated.statement()
+        assert "60 clients" in plan.guarantee.statement()
+        assert plan.guarantee.epsilon > 2 * plan.extrapolated.epsilon
+
+    def test_the_guarantee_is_what_the_simulation_really_does(self):
+        plan = self.plan()
+        assert (plan.population, plan.expected_cohort, plan.rounds) == (60, 20, 10)
+        assert plan.sampler == Poisson(cohort=20)
+        assert plan.event() == poisson_gaussian(plan.noise_multiplier, 1 / 3, 10)
+        check_recorded_event(plan)
+        recorded = from_dict(plan.extrapolated.event)
+        assert epsilon(recorded, 1e-6) == plan.extrapolated.epsilon
+        check_noise_distribution(plan)
+        check_wicked_neighbours(plan)
+
+    def test_the_target_stays(self):
+        plan = self.plan()
+        assert plan.target == Privacy(epsilon=2, delta=1e-6)
+        assert (plan.guarantee.delta, plan.guarantee.relation) == (1e-6, "add_or_remove_one")
+        assert (plan.extrapolated.accountant, plan.extrapolated.delta) == ("pld", 1e-6)
+
+    def test_so_little_noise_that_nobody_is_protected_is_stated_all_the_same(self):
+        plan = self.plan(Deployment(clients=10_000_000, cohort=100_000), delta=1e-8)
+        assert plan.noise_multiplier >= 0.01
+        assert plan.extrapolated.epsilon <= 2
+        assert plan.guarantee.epsilon > 100
+
+    def test_a_smaller_deployment_puts_more_noise(self):
+        plan = self.plan(Deployment(clients=60, cohort=10), delta=1e-3)
+        assert plan.guarantee.epsilon < plan.extrapolated.epsilon <= 2
+
+    def test_of_the_same_size_changes_nothing(self):
+        plan, plain = self.plan(Deployment(clients=60, cohort=20), delta=1e-3), self.plan(None, delta=1e-3)
+        assert plan.noise_multiplier == plain.noise_multiplier
+        assert_extrapolates(plan, plain.guarantee)
+
+    def test_a_delta_too_weak_for_the_deployment_is_refused(self):
+        assert "is no privacy for 100000 clients" in refusal(self.plan, delta=1e-3)
+
+    def test_a_cohort_beyond_the_deployment_is_refused(self):
+        assert "cohort of 1000 exceeds the 500 clients" in refusal(self.plan, Deployment(clients=500, cohort=1000))
+
+    def test_without_a_target_there_is_no_noise(self):
+        plan = self.plan(epsilon=None)
+        assert plan.noise_multiplier == 0
+        assert not plan.is_private
+        assert plan.extrapolated is not None
+        assert plan.extrapolated.epsilon == math.inf
+
+    def test_a_fixed_noise_is_the_deployments(self):
+        fixed = Gaussian(clip_norm=0.7, noise_multiplier=5.0)
+        plan = fixed.plan(
+            Privacy(epsilon=None, delta=1e-6),
+            Poisson(cohort=20),
+            60,
+            10,
+            deployment=Deployment(clients=5000, cohort=200),
+        )
+        assert plan.noise_multiplier == pytest.approx(0.5, rel=1e-12)
+        assert plan.extrapolated.epsilon == epsilon(poisson_gaussian(5.0, 0.04, 10), 1e-6)
+
+    def test_a_budget_cuts_the_rounds_of_both(self):
+        fixed = Gaussian(clip_norm=0.7, noise_multiplier=2.0)
+        plan = fixed.plan(
+            Privacy(epsilon=1, delta=1e-6),
+            Poisson(cohort=20),
+            60,
+            5000,
+            deployment=Deployment(clients=5000, cohort=200),
+        )
+        assert 1 < plan.rounds < 5000
+        assert plan.guarantee.steps == plan.extrapolated.steps == plan.rounds
+        assert plan.extrapolated.epsilon <= 1 < epsilon(poisson_gaussian(2.0, 0.04, plan.rounds + 1), 1e-6)
+
+    @pytest.mark.parametrize(
+        "kind", [pytest.param(CappedPoisson, marks=pytest.mark.slow), FixedSize, Cyclic, BallsInBins]
+    )
+    def test_with_other_samplers(self, kind):
+        relation = "replace_one" if kind is FixedSize else "replace_special"
+        plan = Gaussian(clip_norm=0.7).plan(
+            Privacy(epsilon=4, delta=1e-5, relation=relation),
+            kind(cohort=20),
+            60,
+            6,
+            deployment=Deployment(clients=2000, cohort=100),
+        )
+        assert plan.noise_multiplier > 0
+        assert 0.995 * 4 <= plan.extrapolated.epsilon <= 4 < plan.guarantee.epsilon
+        check_recorded_event(plan)
+
+    def test_with_everyone(self):
+        target = Privacy(epsilon=4, delta=1e-5)
+        plan = Gaussian(clip_norm=0.7).plan(target, Everyone(), 60, 6, deployment=Deployment(clients=600))
+        everybody = Gaussian(clip_norm=0.7).plan(target, Everyone(), 600, 6)
+        assert plan.noise_multiplier == pytest.approx(everybody.noise_multiplier / 10, rel=1e-12)
+        assert_extrapolates(plan, everybody.guarantee)
+        message = refusal(
+            lambda: Gaussian(clip_norm=0.7).plan(
+                target, Everyone(), 60, 6, deployment=Deployment(clients=600, cohort=6)
+            )
+        )
+        assert message == "the sampler everyone takes everyone: leave the deployment's cohort out."
+
+    def test_a_missing_cohort_is_refused(self):
+        message = refusal(self.plan, Deployment(clients=600))
+        assert message == "the sampler poisson needs the deployment's cohort: give it a number of clients."
+
+    def test_a_cap_of_the_simulation_is_not_the_deployments(self):
+        target = Privacy(epsilon=2, delta=1e-6)
+        message = refusal(
+            lambda: Gaussian(clip_norm=0.7).plan(
+                target, CappedPoisson(cohort=20, cap=30), 60, 6, deployment=self.DEPLOYMENT
+            )
+        )
+        assert message.startswith("the cap of 30 is for the simulated cohort: leave the cap out")
+
+    @pytest.mark.parametrize("settings", [{"clients": 0}, {"clients": 5, "cohort": 0}, {"clients": 2.5}, {"cohort": 5}])
+    def test_impossible_deployments_are_refused(self, settings):
+        refusal_of = pytest.raises(InputError)
+        with refusal_of as caught:
+            Deployment(**settings)
+        assert "clients" in str(caught.value) or "cohort" in str(caught.value)
+
+
+class TestPerLayerClipping:
+    @pytest.mark.parametrize("clipping", ["per_layer", "per_layer_by_size"])
+    def test_has_the_sensitivity_noise_and_cost_of_flat_clipping(self, clipping):
+        mechanism = Gaussian(clip_norm=0.7, clipping=clipping)
+        plan = mechanism.plan(TARGET, Poisson(cohort=20), 60, 4)
+        assert plan.noise_multiplier == planned().noise_multiplier
+        assert plan.guarantee.epsilon == planned().guarantee.epsilon
+        assert plan.event() == planned().event()
+        check_recorded_event(plan)
+        check_wicked_neighbours(plan)
+        check_noise_distribution(plan)
+        template, records = wicked_records(0.7)
+        check_sensitivity(plan, template, records[:6], others=records[6:])
+
+    @pytest.mark.parametrize("clipping", ["per_layer", "per_layer_by_size"])
+    def test_is_named(self, clipping):
+        plan = changed(planned(), mechanism=Gaussian(clip_norm=0.7, clipping=clipping))
+        assert "shares for each tensor" in plan.mechanism.in_words(1.0)
+        assert plan.structure == ("gaussian", clipping)
+
+    def test_another_kind_is_refused(self):
+        with pytest.raises(InputError, match="clipping should be "):
+            Gaussian(clip_norm=1, clipping="by_tensor")
+
+
 class TestNoMechanism:
     def plan(self, **settings: int) -> Plan:
         values = {"cohort": 20, "population": 60, "rounds": 4, **settings}
@@ -150,7 +459,9 @@ class TestNoMechanism:
 
     def test_promises_nothing(self):
         plan = self.plan()
-        assert (plan.mechanism, plan.noise_multiplier, plan.noise_stddev, plan.clip_norm) == ("none", 0, 0, math.inf)
+        assert (plan.mechanism.name, plan.noise_multiplier, plan.clip_norm) == ("none", 0, math.inf)
+        assert plan.query(0).initial_global_state().numerator_state.stddev.numpy() == 0
+        assert plan.extrapolated is None
         assert plan.guarantee.epsilon == math.inf
         assert not plan.is_private
         assert plan.guarantee.statement().startswith("No differential privacy")
@@ -192,3 +503,20 @@ class TestPlan:
             "sys.exit('tensorflow' in sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+    def test_all_that_a_reader_needs_is_in_the_guarantees_json(self, plan):
+        check_recorded_event(plan)
+        again = Guarantee.from_json(plan.guarantee.to_json())
+        assert again == plan.guarantee
+        assert accounting.epsilon(from_dict(again.event), again.delta) == plan.guarantee.epsilon
+
+    def test_plans_that_differ_in_numbers_share_a_structure(self):
+        other = planned(TARGET.replace(epsilon=0.7), clip=0.3, cohort=21, rounds=9)
+        assert other.structure == planned().structure == ("gaussian", "flat")
+        assert NoMechanism().plan(Privacy(epsilon=None), Poisson(cohort=2), 60, 1).structure == ("none",)
+
+    def test_the_template_is_optional_and_changes_nothing(self, plan):
+        template, record = [tf.zeros(3)], [np.float32([1, 2, 3])]
+        without, _ = release(plan.query(3), [record], template)
+        with_it, _ = release(plan.query(3, template), [record], template)
+        np.testing.assert_array_equal(without[0], with_it[0])

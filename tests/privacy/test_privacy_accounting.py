@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from independent_accountants import analytic_gaussian_epsilon, fourier_epsilon, prv_epsilon
 
 from dpfl.errors import InputError
-from dpfl.privacy import epsilon, poisson_gaussian
+from dpfl.privacy import accountant_for, accounting, epsilon, epsilon_by_accountant, poisson_gaussian
+from dpfl.privacy.events import BallsInBinsDpEvent, RevealedPoissonSampledDpEvent, SkellamDpEvent
 
 FEW = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 NOISE = st.floats(1.5, 8.0)
@@ -152,12 +153,52 @@ class TestShape:
         assert found[-1] >= exact
 
     @pytest.mark.parametrize("rate", [0.1, 1])
-    @pytest.mark.parametrize(
-        ("relation", "accountant"),
-        [(r, a) for r in RELATIONS for a in ("pld", "rdp") if (r, a) != ("replace_one", "rdp")],
-    )
+    @pytest.mark.parametrize("relation", RELATIONS)
+    @pytest.mark.parametrize("accountant", ["pld", "rdp"])
     def test_without_noise_nothing_is_guaranteed(self, rate, relation, accountant):
         assert epsilon(poisson_gaussian(0, rate, 1), 1e-5, relation=relation, accountant=accountant) == math.inf
+
+
+GAUSSIAN = dp_accounting.GaussianDpEvent(2.0)
+FIXED_SIZE = dp_accounting.SampledWithoutReplacementDpEvent(100, 10, GAUSSIAN)
+SKELLAM = SkellamDpEvent(100.0, 10.0, 100.0)
+
+
+class TestWhoAnswers:
+    @pytest.mark.parametrize(
+        ("event", "relation", "answers"),
+        [
+            (poisson_gaussian(1, 0.1, 5), "add_or_remove_one", "pld"),
+            (poisson_gaussian(1, 0.1, 5), "replace_one", "pld"),
+            (FIXED_SIZE, "replace_one", "pld"),
+            (RevealedPoissonSampledDpEvent(0.1, GAUSSIAN), "replace_special", "pld"),
+            (SKELLAM, "replace_one", "rdp"),
+            (dp_accounting.ZCDpEvent(0.0, 0.1), "add_or_remove_one", "rdp"),
+            (dp_accounting.SingleEpochTreeAggregationDpEvent(2.0, [3, 4]), "replace_special", "rdp"),
+            # One part without a privacy loss distribution leaves all to RDP.
+            (dp_accounting.ComposedDpEvent([GAUSSIAN, SKELLAM]), "replace_one", "rdp"),
+        ],
+    )
+    def test_rdp_only_where_pld_has_no_answer(self, event, relation, answers):
+        assert accountant_for(event, relation, "pld") == answers
+        assert accountant_for(event, relation, "rdp") == "rdp"
+        by_rdp = epsilon(event, 1e-5, relation=relation, accountant="rdp")
+        found = epsilon(event, 1e-5, relation=relation)
+        assert (found == by_rdp) == (answers == "rdp")
+        expected = {"pld": found, "rdp": by_rdp} if answers == "pld" else {"rdp": by_rdp}
+        assert epsilon_by_accountant(event, 1e-5, relation=relation) == expected
+
+    def test_pld_alone_is_reported_where_rdp_has_no_answer(self):
+        event = BallsInBinsDpEvent(4, 4, GAUSSIAN)
+        assert accountant_for(event, "add_or_remove_one", "pld") == "pld"
+        assert epsilon_by_accountant(event, 1e-5) == {"pld": epsilon(event, 1e-5)}
+
+    @pytest.mark.parametrize("noise", [0.8, 3.0])
+    def test_rdp_doubles_the_sensitivity_where_a_unit_is_replaced(self, noise):
+        # dp-accounting 0.6 gives the value of add-or-remove under both relations.
+        exact = analytic_gaussian_epsilon(noise, 1e-5, sensitivity=2)
+        found = epsilon(poisson_gaussian(noise, 1, 1), 1e-5, relation="replace_one", accountant="rdp")
+        assert exact < found < 1.15 * exact
 
 
 class TestEvent:
@@ -195,16 +236,32 @@ class TestRefusals:
             epsilon(poisson_gaussian(1, 0.5, 1), delta)
         assert is_one_sentence(str(refusal.value))
 
-    def test_rdp_under_replace_one(self):
-        with pytest.raises(InputError, match="RDP accountant has no correct analysis") as refusal:
-            epsilon(poisson_gaussian(1, 1, 1), 1e-5, relation="replace_one", accountant="rdp")
-        assert is_one_sentence(str(refusal.value))
-
-    @pytest.mark.parametrize("accountant", ["pld", "rdp"])
-    def test_event_that_the_accountant_cannot_analyse(self, accountant):
+    @pytest.mark.parametrize(
+        ("accountant", "who"), [("pld", "no accountant has an"), ("rdp", "the RDP accountant has no")]
+    )
+    def test_event_that_the_accountant_cannot_analyse(self, accountant, who):
         fixed_size = dp_accounting.SampledWithoutReplacementDpEvent(100, 10, dp_accounting.GaussianDpEvent(1.0))
-        with pytest.raises(InputError, match=f"the {accountant.upper()} accountant has no analysis of") as refusal:
-            epsilon(fixed_size, 1e-5, accountant=accountant)
+        event = dp_accounting.SelfComposedDpEvent(fixed_size, 7)
+        for asked in (
+            lambda: epsilon(event, 1e-5, accountant=accountant),
+            lambda: accountant_for(event, "add_or_remove_one", accountant),
+        ):
+            with pytest.raises(InputError, match=f"{who} analysis of SampledWithoutReplacementDpEvent") as refusal:
+                asked()
+            assert is_one_sentence(str(refusal.value))
+
+    def test_event_that_only_pld_can_analyse(self):
+        event = BallsInBinsDpEvent(4, 4, dp_accounting.GaussianDpEvent(2.0))
+        with pytest.raises(InputError, match="the RDP accountant has no analysis of BallsInBinsDpEvent"):
+            epsilon(event, 1e-5, accountant="rdp")
+
+    def test_too_little_memory(self, monkeypatch):
+        def out_of_memory(*arguments: object) -> float:
+            raise MemoryError
+
+        monkeypatch.setattr(accounting, "pld_epsilon", out_of_memory)
+        with pytest.raises(InputError, match="needs more memory") as refusal:
+            epsilon(poisson_gaussian(1, 1, 1), 1e-5)
         assert is_one_sentence(str(refusal.value))
 
     @pytest.mark.parametrize("name", ["PLD", "RDP", "prv"])

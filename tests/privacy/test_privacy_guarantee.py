@@ -6,11 +6,13 @@ import json
 import math
 import re
 
+import dp_accounting
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpfl.privacy import Guarantee
+from dpfl.errors import InputError
+from dpfl.privacy import Guarantee, epsilon, events, poisson_gaussian
 from dpfl.privacy.relations import RELATION_IN_WORDS, UNIT_IN_WORDS
 from dpfl.privacy.rounding import rounded_up
 
@@ -26,9 +28,11 @@ def guarantee(**changes: object) -> Guarantee:
         "mechanism": "the Gaussian mechanism with noise multiplier 1.2",
         "sampler": "on a Poisson sample of the 3383 clients at rate 0.0354715",
         "steps": 100,
-        "accountant": "PLD (dp-accounting 0.6.0)",
+        "accountant": "pld",
+        "accounted_by": "PLD (dpfl 0.1.0)",
         "released": "the models after all rounds",
         "assumptions": ("The server is trusted.", "Accuracies are not covered."),
+        "event": events.as_dict(poisson_gaussian(1.2, 120 / 3383, 100)),
     }
     return Guarantee(**{**values, **changes})
 
@@ -101,7 +105,7 @@ class TestStatement:
     def test_names_everything_that_a_reviewer_needs(self):
         made = guarantee()
         text = made.statement()
-        for part in (made.mechanism, made.sampler, made.accountant, made.released, *made.assumptions):
+        for part in (made.mechanism, made.sampler, made.accounted_by, made.released, *made.assumptions):
             assert part in text
 
     @pytest.mark.parametrize(
@@ -146,6 +150,40 @@ class TestAsDict:
 
     def test_epsilon_is_not_rounded(self):
         assert guarantee(epsilon=1.7074713239701205).as_dict()["epsilon"] == 1.7074713239701205
+
+
+class TestCheckedFromTheRecord:
+    def test_json_comes_back(self):
+        for made in (guarantee(), guarantee(epsilon=math.inf)):
+            assert Guarantee.from_json(made.to_json()) == made
+
+    def test_epsilon_is_computed_anew_from_the_event(self):
+        found = Guarantee.from_json(guarantee(epsilon=0.1).to_json()).recomputed_epsilon()
+        assert found == pytest.approx(1.7075, abs=1e-3)
+
+    @pytest.mark.parametrize(("relation", "accountant"), [("replace_one", "pld"), ("add_or_remove_one", "rdp")])
+    def test_it_follows_relation_and_accountant(self, relation, accountant):
+        found = guarantee(relation=relation, accountant=accountant).recomputed_epsilon()
+        event = poisson_gaussian(1.2, 120 / 3383, 100)
+        assert found == epsilon(event, 1e-5, relation=relation, accountant=accountant) > 1.75
+
+    def test_without_noise_it_is_infinite(self):
+        event = events.as_dict(dp_accounting.NonPrivateDpEvent())
+        assert guarantee(accountant="none", event=event).recomputed_epsilon() == math.inf
+
+    def test_both_accountants_answer_on_request(self):
+        found = guarantee().epsilon_by_accountant()
+        assert set(found) == {"pld", "rdp"}
+        assert 1.70 < found["pld"] < found["rdp"] < 2.1
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"epsilon": 1}', "no JSON"])
+    def test_what_is_none_is_refused_in_a_sentence(self, text):
+        with pytest.raises(InputError, match=r"^[^.\n]*guarantee: give what Guarantee\.\w+ (wrote|gave)\.$"):
+            Guarantee.from_json(text)
+
+    def test_fields_that_are_not_there_are_refused(self):
+        with pytest.raises(InputError, match="not the fields of a guarantee"):
+            Guarantee.from_dict({**guarantee().as_dict(), "epsilom": 1})
 
 
 def test_is_immutable():

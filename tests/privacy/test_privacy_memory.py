@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -10,9 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dp_accounting
 import pytest
 
-from dpfl.privacy import memory, noise_multiplier
+from dpfl.privacy import memory, noise_multiplier, poisson_gaussian
 from dpfl.privacy.calibration import _calibrate
 
 NEEDS_XDG = pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME moves the cache folder on Linux alone")
@@ -81,19 +83,19 @@ class Doubling:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def new_process(self) -> Callable[[int], int]:
-        def double(value: int) -> int:
+    def new_process(self) -> Callable[[int], float]:
+        def double(value: int) -> float:
             self.asked.append(value)
             if value < 0:
                 raise ValueError("no")
-            return 2 * value
+            return 2.0 * value
 
         return memory.remembered(double)
 
 
 class TestRemembered:
     def test_a_kept_answer_is_a_fresh_one(self):
-        arguments = (2.0, 1e-5, 1.0, 4, "add_or_remove_one", "rdp")
+        arguments = (poisson_gaussian(1.0, 1.0, 4), 2.0, 1e-5, "add_or_remove_one", "rdp")
         assert _calibrate(*arguments) == _calibrate(*arguments) == _calibrate.__wrapped__(*arguments) == ANSWER
 
     @pytest.mark.usefixtures("cache")
@@ -113,18 +115,55 @@ class TestRemembered:
                 double(-3)
         assert doubling.asked == [-3, -3]
 
-    @pytest.mark.filterwarnings("ignore")
-    def test_a_damaged_answer_is_computed_again(self, cache):
+    @pytest.mark.parametrize("damaged", ["", '["3", 6', '["3", "6"]', "[6.0]", "6.0", "\x00\xff"])
+    def test_a_damaged_answer_is_computed_again(self, cache, damaged):
         doubling = Doubling()
         assert doubling.new_process()(3) == 6
-        kept = list(cache.rglob("output.pkl"))
-        assert len(kept) == 1
-        kept[0].write_bytes(kept[0].read_bytes()[:-1])
+        (file,) = cache.rglob("double.jsonl")
+        file.write_text(damaged, encoding="latin-1")
         assert doubling.new_process()(3) == 6
         assert doubling.asked == [3, 3]
-        # And it is whole again.
+        # And what is written after it can be read.
         assert doubling.new_process()(3) == 6
         assert doubling.asked == [3, 3]
+
+    def test_other_processes_answers_are_not_lost(self, cache):
+        doubling = Doubling()
+        first, second = doubling.new_process(), doubling.new_process()
+        for value in range(50):
+            (first if value % 2 else second)(value)
+        third = doubling.new_process()
+        assert [third(value) for value in range(50)] == [2 * value for value in range(50)]
+        assert len(doubling.asked) == 50
+
+    @pytest.mark.usefixtures("cache")
+    def test_infinity_and_every_digit_are_kept(self):
+        asked = []
+
+        def identity(value: float) -> float:
+            asked.append(value)
+            return value
+
+        values = [0.1 + 0.2, 1 / 3, 1e-300, math.inf]
+        for _ in range(2):
+            kept = memory.remembered(identity)
+            assert [kept(value) for value in values] == values
+        assert asked == values
+
+    @pytest.mark.usefixtures("cache")
+    def test_events_are_told_apart_by_all_that_is_in_them(self):
+        asked = []
+
+        def count(event: dp_accounting.DpEvent) -> float:
+            asked.append(event)
+            return float(len(asked))
+
+        events = [poisson_gaussian(1.0, 0.5, 4), poisson_gaussian(1.0, 0.5, 5), poisson_gaussian(1.0, 0.25, 4)]
+        # A list makes an event unhashable.
+        events += [dp_accounting.ComposedDpEvent(events[:2]), dp_accounting.ComposedDpEvent(events[1:])]
+        for _ in range(2):
+            kept = memory.remembered(count)
+            assert [kept(event) for event in events] == [1, 2, 3, 4, 5]
 
     def test_a_folder_that_cannot_be_made_is_no_obstacle(self, cache, recwarn):
         cache.write_text("in the way")
@@ -185,7 +224,7 @@ class TestAcrossProcesses:
         assert answered.stdout.strip() == str(ANSWER), answered.stderr
 
     def test_what_is_kept_says_what_it_answers(self, filled):
-        kept = [json.loads(path.read_text()) for path in (filled / "dpfl").rglob("_calibrate/*/metadata.json")]
-        assert len(kept) == 1
-        assert kept[0]["input_args"]["target"] == "2.0"
-        assert kept[0]["input_args"]["accountant"] == "'rdp'"
+        (file,) = (filled / "dpfl").rglob("_calibrate.jsonl")
+        ((question, answer),) = [json.loads(line) for line in file.read_text().splitlines() if line]
+        assert question == f"{poisson_gaussian(1.0, 1.0, 4)!r}, 2.0, 1e-05, 'add_or_remove_one', 'rdp'"
+        assert answer == ANSWER

@@ -56,12 +56,7 @@ class TestPrivacy:
         assert message.startswith(f"{field} should be")
         assert message.endswith(f"but it was '{value}'.")
 
-    def test_replace_one_by_rdp_is_refused(self):
-        assert "no correct analysis" in refusal(epsilon=1, relation="replace_one", accountant="rdp")
-
-    @pytest.mark.parametrize(
-        "change", [{"relation": "replace_one"}, {"accountant": "rdp", "relation": "replace_one"}, {"epsilon": -1}]
-    )
+    @pytest.mark.parametrize("change", [{"relation": "remove_one"}, {"accountant": "gdp"}, {"epsilon": -1}])
     def test_a_changed_copy_is_checked_again(self, change):
         with pytest.raises(InputError):
             Privacy(epsilon=1, accountant="rdp").replace(**change)

@@ -1,6 +1,7 @@
 """A small federated dataset and engines over it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from dpfl.data import FederatedData, from_arrays
 from dpfl.mechanisms import Gaussian, NoMechanism, Plan
 from dpfl.models.functional import FunctionalModel
 from dpfl.privacy import Privacy
-from dpfl.sampling import Poisson
+from dpfl.sampling import BaseSampler, Poisson
 from dpfl.simulation.engine import Engine, Settings, State
 from dpfl.simulation.server import ServerOptimizer
 
@@ -37,6 +38,9 @@ class Setup:
         model: object = "softmax",
         *,
         clip_norm: float | None = 0.5,
+        mechanism: Any = None,
+        sampler: BaseSampler | None = None,
+        relation: str = "add_or_remove_one",
         epsilon: float | None = None,
         local: LocalTraining | None = None,
         server: ServerOptimizer | None = None,
@@ -45,12 +49,17 @@ class Setup:
     ) -> None:
         self.local = local or LocalTraining(learning_rate=0.3, batch_size=4, epochs=2)
         self.server = server or ServerOptimizer()
-        mechanism = NoMechanism() if clip_norm is None else Gaussian(clip_norm=clip_norm)
-        self.plan: Plan = mechanism.plan(
-            Privacy(epsilon=epsilon, delta=1e-2), Poisson(cohort=cohort), data.num_clients, 10
-        )
         self.model = FunctionalModel(model, data.example_shape, data.num_classes)
-        self.engine = Engine(data, self.model, self.local.batch_size, self.server, self.plan.query(0))
+        mechanism = mechanism or (NoMechanism() if clip_norm is None else Gaussian(clip_norm=clip_norm))
+        self.plan: Plan = mechanism.plan(
+            Privacy(epsilon=epsilon, delta=1e-2, relation=relation),
+            sampler or Poisson(cohort=cohort),
+            data.num_clients,
+            10,
+            dimension=self.model.parameters,
+        )
+        query = self.plan.query(0, self.model.initial_weights(0))
+        self.engine = Engine(data, self.model, self.local.batch_size, self.server, query)
         self.seed = seed
 
     @property
@@ -59,7 +68,7 @@ class Setup:
 
     @property
     def settings(self) -> Settings:
-        return self.engine.settings(self.plan, self.local, self.server, self.seed)
+        return self.engine.settings(self.local, self.server, self.seed)
 
     def run(self, cohorts: list[np.ndarray], state: State | None = None) -> tuple[State, dict[str, np.ndarray]]:
         return self.engine.run_rounds(state or self.state, cohorts, self.settings)

@@ -125,7 +125,7 @@ def test_an_empty_cohort_releases_noise_divided_by_the_expected_cohort(setup: Ca
     moved = np.concatenate(
         [(new - old).numpy().ravel() for new, old in zip(state.weights, configured.state.weights, strict=True)]
     )
-    scale = configured.plan.noise_stddev / 10
+    scale = configured.plan.noise_multiplier * configured.plan.clip_norm / 10
     # 111 normal values: their mean square lies within a factor of 2 of the variance but for 1e-6.
     assert 0.5 < np.mean((moved / scale) ** 2) < 2
     assert measured["update_norm"] == 0

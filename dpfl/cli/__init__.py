@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -12,12 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dpfl.cli import accounting
 from dpfl.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from dpfl.privacy import Guarantee
 
 app = typer.Typer(
     name="dpfl",
@@ -27,21 +25,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-RelationOption = Annotated[
-    Literal["add_or_remove_one", "replace_one", "replace_special"],
-    typer.Option(help="The neighbouring relation: what may differ between two datasets."),
-]
-AccountantOption = Annotated[Literal["pld", "rdp"], typer.Option(help="The accountant: pld is tight, rdp is looser.")]
-UnitOption = Annotated[
-    Literal["user", "example"], typer.Option(help="The privacy unit: what one neighbour differs in.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a statement in words.")]
-SamplingRateOption = Annotated[
-    float, typer.Option(help="Probability with which each unit takes part in a step, (0, 1].")
-]
-StepsOption = Annotated[int, typer.Option(help="Noisy sums released: rounds (user) or local steps (example).")]
-DeltaOption = Annotated[float, typer.Option(help="Probability mass outside the epsilon bound, (0, 1).")]
 
 
 class _Grid(NamedTuple):
@@ -55,6 +38,10 @@ class _Grid(NamedTuple):
 
 _DEFAULT_GRID = _Grid("0.5,1,2,4,8,none", "0.1,0.25,0.5,1,2", "10,30,100,300", 300)
 _QUICK_GRID = _Grid("1,8,none", "0.5", "10,30", 30)
+
+
+for _command in (accounting.epsilon, accounting.noise, accounting.rounds, accounting.cohort, accounting.verify):
+    app.command()(_command)
 
 
 def main() -> None:
@@ -80,44 +67,6 @@ def _options(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None: ...
-
-
-@app.command()
-def epsilon(
-    noise_multiplier: Annotated[float, typer.Option(help="Standard deviation of the noise divided by the clip norm.")],
-    sampling_rate: SamplingRateOption,
-    steps: StepsOption,
-    delta: DeltaOption,
-    unit: UnitOption = "user",
-    relation: RelationOption = "add_or_remove_one",
-    accountant: AccountantOption = "pld",
-    as_json: JsonOption = False,
-) -> None:
-    """Epsilon of the Poisson-subsampled Gaussian mechanism, from its noise."""
-    _print_guarantee(
-        _guarantee(noise_multiplier, sampling_rate, steps, delta, unit, relation, accountant), noise_multiplier, as_json
-    )
-
-
-@app.command()
-def noise(
-    epsilon: Annotated[float, typer.Option(help="The epsilon that must not be exceeded.")],
-    sampling_rate: SamplingRateOption,
-    steps: StepsOption,
-    delta: DeltaOption,
-    unit: UnitOption = "user",
-    relation: RelationOption = "add_or_remove_one",
-    accountant: AccountantOption = "pld",
-    as_json: JsonOption = False,
-) -> None:
-    """Noise multiplier of the Poisson-subsampled Gaussian mechanism, from its epsilon, rounded up."""
-    from dpfl import privacy
-
-    multiplier = privacy.noise_multiplier(
-        epsilon, delta, sampling_rate=sampling_rate, steps=steps, relation=relation, accountant=accountant
-    )
-    guarantee = _guarantee(multiplier, sampling_rate, steps, delta, unit, relation, accountant)
-    _print_guarantee(guarantee, multiplier, as_json)
 
 
 @app.command()
@@ -158,13 +107,20 @@ def tradeoff(
         int | None, typer.Option(help="Local steps of a client over all rounds, held fixed. [300]")
     ] = None,
     delta: Annotated[float | None, typer.Option(help="Delta. [the largest power of ten below 1 / clients]")] = None,
-    relation: RelationOption = "add_or_remove_one",
-    accountant: AccountantOption = "pld",
+    relation: accounting.RelationOption = "add_or_remove_one",
+    accountant: accounting.AccountantOption = "pld",
     allow_weak_delta: Annotated[
         bool, typer.Option("--allow-weak-delta", help="Accept a delta of 1 / clients and more.")
     ] = False,
     cohort: Annotated[
         int | None, typer.Option(help="Expected number of clients in a round. [30 % of the clients]")
+    ] = None,
+    deployment_clients: Annotated[
+        int | None,
+        typer.Option(help="Calibrate for this larger number of clients, which the simulation stands for. [the data's]"),
+    ] = None,
+    deployment_cohort: Annotated[
+        int | None, typer.Option(help="Expected number of clients in a round of that deployment.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples in a client's minibatch.")] = 5,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the clients' SGD.")] = 0.5,
@@ -181,6 +137,7 @@ def tradeoff(
 ) -> None:
     """Train over epsilon x clip norm x number of rounds, and chart accuracy against privacy."""
     import dpfl.data
+    from dpfl.mechanisms import Deployment
     from dpfl.privacy import Privacy
     from dpfl.simulation import ServerOptimizer
     from dpfl.study import tradeoff as tradeoff_study
@@ -200,6 +157,11 @@ def tradeoff(
     def given(option: Any, default: Any) -> Any:
         return default if option is None else option
 
+    if (deployment_clients is None) != (deployment_cohort is None):
+        raise InputError("--deployment-clients and --deployment-cohort go together: give both, or neither.")
+    deployment = (
+        None if deployment_clients is None else Deployment(clients=deployment_clients, cohort=deployment_cohort)
+    )
     study = tradeoff_study(
         federated,
         model=model,
@@ -219,6 +181,7 @@ def tradeoff(
         learning_rate=learning_rate,
         server=ServerOptimizer(name=server_optimizer, learning_rate=server_learning_rate),
         seeds=seeds,
+        deployment=deployment,
     )
     total, pending = len(study.run_ids), study.pending(out)
     if pending < total:
@@ -235,39 +198,6 @@ def tradeoff(
     _chart(frame, out)
     _print_best(frame)
     print(f"Tables and figures: {out}/runs.csv, history.csv, epsilon.png, clipping.png, round_frequency.png")
-
-
-def _guarantee(
-    multiplier: float, rate: float, steps: int, delta: float, unit: Any, relation: Any, accountant: Any
-) -> Guarantee:
-    from dpfl import privacy
-    from dpfl.privacy.accounting import accountant_name
-
-    event = privacy.poisson_gaussian(multiplier, rate, steps)
-    return privacy.Guarantee(
-        unit=unit,
-        relation=relation,
-        epsilon=privacy.epsilon(event, delta, relation=relation, accountant=accountant),
-        delta=delta,
-        mechanism=f"the Gaussian mechanism with noise multiplier {multiplier:g} on the clipped sum",
-        sampler=f"on a Poisson sample at rate {rate:g}" if rate < 1 else "on all of them",
-        steps=steps,
-        accountant=accountant_name(accountant),
-        released="what is computed from the noisy sums",
-        assumptions=()
-        if multiplier == 0
-        else (
-            "It holds if each unit takes part in a step independently with the sampling rate, contributes at most "
-            "the clip norm, and the noise is drawn afresh in each step.",
-        ),
-    )
-
-
-def _print_guarantee(guarantee: Guarantee, noise_multiplier: float, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"noise_multiplier": noise_multiplier, **guarantee.as_dict()}))
-    else:
-        Console().print(guarantee.statement(), highlight=False)
 
 
 def _numbers(name: str, text: str, kind: type, none_allowed: bool = False) -> list[Any]:

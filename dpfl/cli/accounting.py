@@ -1,0 +1,308 @@
+"""Commands that account for privacy without training anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from dpfl.errors import InputError
+
+if TYPE_CHECKING:
+    from dpfl.config import Config
+    from dpfl.mechanisms import Plan
+
+# What `rounds` tries at most.
+_MOST_STEPS = 1_000_000
+
+_IF_DONE_SO = (
+    "It holds if units take part just as the sampling says, each contributes at most the clip norm, and the noise is "
+    "drawn afresh wherever the mechanism draws it."
+)
+
+RelationOption = Annotated[
+    Literal["add_or_remove_one", "replace_one", "replace_special"],
+    typer.Option(help="The neighbouring relation: what may differ between two datasets."),
+]
+AccountantOption = Annotated[
+    Literal["pld", "rdp"],
+    typer.Option(help="The accountant: pld is tight (rdp where it has no answer), rdp is looser."),
+]
+_Mechanism = Annotated[
+    str,
+    typer.Option(
+        help="gaussian, adaptive_clipping, tree_aggregation, banded_matrix, discrete_gaussian, skellam, "
+        "local_gaussian or local_laplace."
+    ),
+]
+_Sampler = Annotated[
+    str,
+    typer.Option(help="poisson, capped_poisson, fixed_size, everyone, cyclic, cyclic_poisson or balls_in_bins."),
+]
+_Clients = Annotated[int | None, typer.Option(help="Number of units in the population: clients, or examples.")]
+_Cohort = Annotated[int | None, typer.Option(help="Expected number of units in a step.")]
+_Rate = Annotated[
+    float | None,
+    typer.Option(help="Instead of clients and cohort: probability of a unit to take part in a step, (0, 1]."),
+]
+_Steps = Annotated[int, typer.Option(help="Noisy sums released: rounds (user) or local steps (example).")]
+_Delta = Annotated[float, typer.Option(help="Probability mass outside the epsilon bound, (0, 1).")]
+_Unit = Annotated[Literal["user", "example"], typer.Option(help="The privacy unit: what one neighbour differs in.")]
+_Noise = Annotated[
+    float,
+    typer.Option(help="Noise multiplier: standard deviation of the noise divided by the clip norm; 0 is none."),
+]
+_Epsilon = Annotated[float, typer.Option(help="The epsilon that must not be exceeded.")]
+_ClipNorm = Annotated[float, typer.Option(help="Clip norm, for the statement: epsilon does not depend on it.")]
+_Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A further setting, such as mechanism.bands=8, mechanism.restart_every=100, sampler.groups=10 or "
+        "sampler.cap=150; may be repeated.",
+    ),
+]
+_Dimension = Annotated[
+    int | None, typer.Option(help="Number of weights of the model, for discrete_gaussian and skellam.")
+]
+_Both = Annotated[bool, typer.Option("--both-accountants", help="Also print epsilon by PLD and by RDP.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a statement in words.")]
+
+
+def epsilon(
+    noise_multiplier: _Noise,
+    steps: _Steps,
+    delta: _Delta,
+    clients: _Clients = None,
+    cohort: _Cohort = None,
+    sampling_rate: _Rate = None,
+    mechanism: _Mechanism = "gaussian",
+    sampler: _Sampler = "poisson",
+    settings: _Settings = None,
+    clip_norm: _ClipNorm = 1.0,
+    dimension: _Dimension = None,
+    unit: _Unit = "user",
+    relation: RelationOption = "add_or_remove_one",
+    accountant: AccountantOption = "pld",
+    both: _Both = False,
+    as_json: _Json = False,
+) -> None:
+    """Epsilon of a mechanism, from its noise."""
+    question = _Question(
+        mechanism, sampler, settings, clients, cohort, sampling_rate, dimension, clip_norm, delta, relation, accountant
+    )
+    _print(question.plan(steps, noise=noise_multiplier), unit, both, as_json)
+
+
+def noise(
+    epsilon: _Epsilon,
+    steps: _Steps,
+    delta: _Delta,
+    clients: _Clients = None,
+    cohort: _Cohort = None,
+    sampling_rate: _Rate = None,
+    mechanism: _Mechanism = "gaussian",
+    sampler: _Sampler = "poisson",
+    settings: _Settings = None,
+    clip_norm: _ClipNorm = 1.0,
+    dimension: _Dimension = None,
+    unit: _Unit = "user",
+    relation: RelationOption = "add_or_remove_one",
+    accountant: AccountantOption = "pld",
+    both: _Both = False,
+    as_json: _Json = False,
+) -> None:
+    """Noise multiplier of a mechanism, from its epsilon, rounded up."""
+    question = _Question(
+        mechanism, sampler, settings, clients, cohort, sampling_rate, dimension, clip_norm, delta, relation, accountant
+    )
+    _print(question.plan(steps, epsilon=epsilon), unit, both, as_json)
+
+
+def rounds(
+    epsilon: _Epsilon,
+    noise_multiplier: _Noise,
+    delta: _Delta,
+    clients: _Clients = None,
+    cohort: _Cohort = None,
+    sampling_rate: _Rate = None,
+    mechanism: _Mechanism = "gaussian",
+    sampler: _Sampler = "poisson",
+    settings: _Settings = None,
+    clip_norm: _ClipNorm = 1.0,
+    dimension: _Dimension = None,
+    unit: _Unit = "user",
+    relation: RelationOption = "add_or_remove_one",
+    accountant: AccountantOption = "pld",
+    both: _Both = False,
+    as_json: _Json = False,
+) -> None:
+    """The largest number of steps that a noise multiplier keeps within epsilon."""
+    question = _Question(
+        mechanism, sampler, settings, clients, cohort, sampling_rate, dimension, clip_norm, delta, relation, accountant
+    )
+    _print(question.plan(_MOST_STEPS, noise=noise_multiplier, epsilon=epsilon), unit, both, as_json)
+
+
+def cohort(
+    epsilon: _Epsilon,
+    noise_multiplier: _Noise,
+    steps: _Steps,
+    delta: _Delta,
+    clients: Annotated[int, typer.Option(help="Number of units in the population: clients, or examples.")],
+    mechanism: _Mechanism = "gaussian",
+    sampler: _Sampler = "poisson",
+    settings: _Settings = None,
+    clip_norm: _ClipNorm = 1.0,
+    dimension: _Dimension = None,
+    unit: _Unit = "user",
+    relation: RelationOption = "add_or_remove_one",
+    accountant: AccountantOption = "pld",
+    both: _Both = False,
+    as_json: _Json = False,
+) -> None:
+    """The largest expected cohort that a noise multiplier keeps within epsilon."""
+    from dpfl.privacy import largest_count
+
+    def plan(size: int) -> Plan:
+        question = _Question(
+            mechanism, sampler, settings, clients, size, None, dimension, clip_norm, delta, relation, accountant
+        )
+        return question.plan(steps, noise=noise_multiplier)
+
+    largest = largest_count(
+        lambda size: plan(size).event(), epsilon, delta, largest=clients, relation=relation, accountant=accountant
+    )
+    _print(plan(largest), unit, both, as_json, cohort=largest)
+
+
+def verify(
+    record: Annotated[Path, typer.Argument(help="A record that a run left behind (records/*.json), or a guarantee.")],
+) -> None:
+    """Compute the epsilon of a recorded guarantee anew, from the record alone."""
+    from dpfl.privacy import Guarantee
+
+    try:
+        content = json.loads(record.read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{record} cannot be read as JSON: give a run's record or the JSON of a guarantee.") from None
+    guarantee = Guarantee.from_dict(content.get("guarantee", content) if isinstance(content, dict) else {})
+    found = guarantee.recomputed_epsilon()
+    Console().print(guarantee.statement(), highlight=False)
+    if found > guarantee.epsilon * (1 + 1e-6):
+        raise InputError(
+            f"the record states epsilon {guarantee.epsilon:g}, but its event costs {found:g}: do not rely on it."
+        )
+    print(f"confirmed: computed anew, the event of this record costs epsilon {found:.6g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """What is to be accounted for, but for noise and number of steps."""
+
+    mechanism: str
+    sampler: str
+    settings: list[str] | None
+    clients: int | None
+    cohort: int | None
+    sampling_rate: float | None
+    dimension: int | None
+    clip_norm: float
+    delta: float
+    relation: Any
+    accountant: Any
+
+    def plan(self, steps: int, *, noise: float | None = None, epsilon: float | None = None) -> Plan:
+        """Plans so many steps with a noise, for an epsilon, or until the noise has spent the epsilon."""
+        from dpfl import mechanisms, sampling
+        from dpfl.config import kinds
+        from dpfl.privacy import Privacy
+
+        given = _settings(self.settings or [])
+        clients, cohort = self._population()
+        sampler_kind = _kind("sampler", self.sampler, kinds(sampling.Sampler))
+        if cohort is not None:
+            given["sampler"].setdefault("cohort", cohort)
+        mechanism_kind = _kind("mechanism", self.mechanism, kinds(mechanisms.Mechanism))
+        mechanism = mechanism_kind(
+            **{"clip_norm": self.clip_norm, "noise_multiplier": noise or None, **given["mechanism"]}
+        )
+        target = Privacy(
+            epsilon=epsilon,
+            delta=self.delta,
+            relation=self.relation,
+            accountant=self.accountant,
+            allow_weak_delta=True,
+        )
+        plan = mechanism.plan(target, sampler_kind(**given["sampler"]), clients, steps, dimension=self.dimension)
+        if self.sampling_rate is None:
+            return plan
+        in_words = f"on a Poisson sample at rate {self.sampling_rate:g}"
+        return dataclasses.replace(plan, guarantee=dataclasses.replace(plan.guarantee, sampler=in_words))
+
+    def _population(self) -> tuple[int, int | None]:
+        """The number of units, and the expected cohort."""
+        if self.sampling_rate is None:
+            if self.clients is None:
+                raise InputError("tell either --clients (and --cohort), or --sampling-rate.")
+            return self.clients, self.cohort
+        if self.clients is not None or self.cohort is not None or self.sampler != "poisson":
+            raise InputError(
+                "--sampling-rate stands for Poisson sampling without a number of clients: leave it out, or leave out "
+                "--clients, --cohort and --sampler."
+            )
+        from dpfl.privacy.calibration import check_sampling
+
+        check_sampling(self.sampling_rate, 1)
+        cohort, clients = fractions.Fraction(str(self.sampling_rate)).as_integer_ratio()
+        return clients, cohort
+
+
+def _kind(what: str, name: str, known: dict[str, type[Config]]) -> Any:
+    if name not in known or name == "none":
+        raise InputError(f"there is no {what} '{name}': choose {', '.join(kind for kind in known if kind != 'none')}.")
+    return known[name]
+
+
+def _settings(given: list[str]) -> dict[str, dict[str, Any]]:
+    """Settings of the mechanism and of the sampler, from words like "mechanism.bands=8"."""
+    settings: dict[str, dict[str, Any]] = {"mechanism": {}, "sampler": {}}
+    for word in given:
+        path, equals, text = word.partition("=")
+        group, _, name = path.partition(".")
+        if not equals or group not in settings or not name:
+            raise InputError(
+                "--set takes mechanism.NAME=VALUE or sampler.NAME=VALUE, such as mechanism.bands=8, "
+                f"but it was '{word}'."
+            )
+        try:
+            settings[group][name] = json.loads(text)
+        except ValueError:
+            settings[group][name] = text
+    return settings
+
+
+def _print(plan: Plan, unit: Any, both: bool, as_json: bool, **more: Any) -> None:
+    """Prints what a plan guarantees, whatever its noisy sums are used for."""
+    private = (_IF_DONE_SO,) if plan.is_private else ()
+    sampler = plan.guarantee.sampler
+    guarantee = dataclasses.replace(
+        plan.guarantee,
+        unit=unit,
+        sampler=sampler.replace("client", "example") if unit == "example" else sampler,
+        released="what is computed from the noisy sums",
+        assumptions=private,
+    )
+    accountants = guarantee.epsilon_by_accountant() if both and plan.is_private else {}
+    if as_json:
+        found = {"epsilon_by_accountant": accountants} if both else {}
+        print(json.dumps({"noise_multiplier": plan.noise_multiplier, **more, **found, **guarantee.as_dict()}))
+        return
+    Console().print(guarantee.statement(), highlight=False)
+    for name, value in {**more, **{f"epsilon by {key.upper()}": value for key, value in accountants.items()}}.items():
+        print(f"{name}: {value:.6g}")

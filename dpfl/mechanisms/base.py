@@ -1,0 +1,274 @@
+"""What all mechanisms have in common: from a target to a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import dp_accounting
+import pydantic
+
+from dpfl.config import Config
+from dpfl.errors import InputError
+from dpfl.mechanisms.deployment import Deployment
+from dpfl.mechanisms.plan import Plan
+from dpfl.privacy import Guarantee, Privacy, accounting, calibration
+from dpfl.privacy.events import as_dict
+from dpfl.privacy.relations import Accountant, Relation
+from dpfl.privacy.target import check_weak_delta
+from dpfl.sampling import BaseSampler
+
+if TYPE_CHECKING:
+    from dpfl.mechanisms.queries import SumQuery
+
+_SMALLEST_CLIP_NORM, _LARGEST_CLIP_NORM = 1e-9, 1e9
+_LEAST_ACCOUNTABLE_NOISE = 0.01  # with less, the privacy loss takes more values than memory holds
+
+_EVERYWHERE = (
+    "The number of clients, and with it the sampling rate, counts as public, and the split into training and held-out "
+    "examples as fixed.",
+    "It does not cover figures measured along the way (accuracies, losses, update norms), nor the choice of "
+    "hyperparameters by looking at them.",
+    "The noise is a pseudo-random function, in float32, of the run's seed: whoever knows the seed can take it off, and "
+    "runs with the same seed share it, so a model that is released needs a seed of its own that stays secret.",
+)
+_TRUSTED_SERVER = (
+    "The guarantee assumes a trusted server: it sees the single updates and who sent them, and tells nobody."
+)
+
+
+class BaseMechanism(Config):
+    """Clips each client's update, adds noise, and divides the sum by the expected cohort.
+
+    Attributes:
+        name: the kind of mechanism.
+        clip_norm: the largest norm of a client's update (all tensors together), between 1e-9 and 1e9:
+            beyond, squares leave the range of float32 and norms would be wrong.
+        noise_multiplier: a fixed noise; None calibrates it to the target. With a fixed noise the
+            target's epsilon is a budget: training ends before the round that would exceed it.
+        needs_dimension: whether accounting depends on the number of coordinates of an update.
+    """
+
+    name: str
+    clip_norm: float
+    noise_multiplier: float | None = None
+    needs_dimension: ClassVar[bool] = False
+
+    @pydantic.model_validator(mode="after")
+    def _check_numbers(self) -> BaseMechanism:
+        if not _SMALLEST_CLIP_NORM <= self.clip_norm <= _LARGEST_CLIP_NORM:
+            raise InputError(
+                f"the clip norm must be a positive number between {_SMALLEST_CLIP_NORM:g} and {_LARGEST_CLIP_NORM:g}, "
+                f"but it was {self.clip_norm:g}; to train without clipping use the mechanism none."
+            )
+        noise = self.noise_multiplier
+        if noise is not None and not _LEAST_ACCOUNTABLE_NOISE <= noise < math.inf:
+            raise InputError(
+                f"the noise multiplier must be finite and at least {_LEAST_ACCOUNTABLE_NOISE:g}, but it was {noise:g}; "
+                "leave it out to calibrate it to epsilon."
+            )
+        return self
+
+    # What each mechanism says for itself.
+
+    def event(
+        self, noise: float, sampler: BaseSampler, population: int, rounds: int, dimension: int | None
+    ) -> dp_accounting.DpEvent:
+        """The privacy event of a number of rounds; all its noise is proportional to `noise`.
+
+        Args:
+            noise: the noise multiplier.
+            sampler: draws the cohorts.
+            population: the number of clients.
+            rounds: the number of rounds, at least 1.
+            dimension: the number of coordinates of an update, where `needs_dimension`.
+        """
+        raise NotImplementedError
+
+    def sum_query(self, plan: Plan, seed: int, template: Any) -> SumQuery:
+        """The query that sums clipped updates and adds the plan's noise; see `Plan.query`."""
+        raise NotImplementedError
+
+    def in_words(self, noise: float) -> str:
+        """The mechanism as a clause of the guarantee's statement."""
+        raise NotImplementedError
+
+    def structure(self, plan: Plan) -> tuple[Any, ...]:
+        """What a compiled graph of the query depends on, beside the mechanism's name."""
+        return ()
+
+    def assumptions(self, sampler: BaseSampler) -> tuple[str, ...]:
+        """Sentences that must be true for the guarantee to hold."""
+        return (_TRUSTED_SERVER, *sampler.assumptions)
+
+    def noise_for_cohort(self, noise: float, share: float) -> float:
+        """The noise multiplier with which a smaller cohort has as much noise on its mean.
+
+        Args:
+            noise: the noise multiplier of the larger cohort.
+            share: the smaller expected cohort divided by the larger one.
+        """
+        return noise * share
+
+    def check_noise(self, noise: float, sampler: BaseSampler, population: int, dimension: int | None) -> None:
+        """Refuses a noise multiplier that the mechanism's parts cannot share, or its numbers not hold."""
+
+    def check_sampler(self, sampler: BaseSampler, population: int, relation: Relation) -> None:
+        """Refuses samplers under which the mechanism has no known analysis."""
+        sampler.check_relation(relation)
+
+    # What is the same for all.
+
+    def check(self, target: Privacy, sampler: BaseSampler, population: int) -> None:
+        """Refuses settings that no noise can reconcile.
+
+        Raises:
+            InputError: a cohort beyond the population, a weak delta, or a sampler or relation that
+                the mechanism has no analysis for.
+        """
+        sampler.check(population)
+        if target.epsilon is None and self.noise_multiplier is None:
+            return
+        self.check_sampler(sampler, population, target.relation)
+        check_weak_delta(target.delta, population, target.allow_weak_delta)
+
+    def plan(
+        self,
+        target: Privacy,
+        sampler: BaseSampler,
+        population: int,
+        rounds: int,
+        *,
+        dimension: int | None = None,
+        deployment: Deployment | None = None,
+    ) -> Plan:
+        """Calibrates the noise for a target.
+
+        Args:
+            target: the guarantee asked for; with epsilon None (and no fixed noise) updates are clipped
+                but not noised.
+            sampler: draws the cohorts.
+            population: the number of clients.
+            rounds: the number of rounds, each of which releases one noisy sum.
+            dimension: the number of coordinates of an update, where `needs_dimension`.
+            deployment: calibrates for this larger population, and puts as much noise on the mean of
+                the simulated cohort as the deployment's would have.
+
+        Raises:
+            InputError: the target cannot be met.
+        """
+        self.check(target, sampler, population)
+        check_rounds(rounds)
+        if self.needs_dimension and dimension is None:
+            raise InputError(
+                f"the mechanism {self.name} accounts for the number of weights: tell the plan the dimension."
+            )
+        if deployment is None:
+            return self._planned(target, sampler, population, rounds, dimension)
+        larger = deployment.sampler(sampler)
+        self.check(target, larger, deployment.clients)
+        deployed = self._planned(target, larger, deployment.clients, rounds, dimension)
+        noise, accountant = None, target.accountant
+        if deployed.noise_multiplier:
+            share = sampler.expected_cohort(population) / deployed.expected_cohort
+            noise = max(self.noise_for_cohort(deployed.noise_multiplier, share), _LEAST_ACCOUNTABLE_NOISE)
+            event = self.event(noise, sampler, population, deployed.rounds, dimension)
+            accountant = _accountant_of_little_noise(event, target.relation)
+        simulated = self.replace(noise_multiplier=noise)._planned(
+            target.replace(epsilon=None, accountant=accountant, allow_weak_delta=True),
+            sampler,
+            population,
+            deployed.rounds,
+            dimension,
+        )
+        extrapolated = dataclasses.replace(
+            deployed.guarantee,
+            assumptions=(
+                f"This is an extrapolation: it speaks of {deployment.clients:,} clients, while {population:,} were "
+                "simulated, for whom another guarantee holds.",
+                *deployed.guarantee.assumptions,
+            ),
+        )
+        return dataclasses.replace(simulated, target=target, extrapolated=extrapolated)
+
+    def _planned(
+        self, target: Privacy, sampler: BaseSampler, population: int, rounds: int, dimension: int | None
+    ) -> Plan:
+        noise = self.noise_multiplier
+        analysis: dict[str, Any] = {"relation": target.relation, "accountant": target.accountant}
+
+        def event_of(count: int, noise: float) -> dp_accounting.DpEvent:
+            return self.event(noise, sampler, population, count, dimension)
+
+        if noise is None and target.epsilon is not None:
+            noise = calibration.noise_for(event_of(rounds, 1.0), target.epsilon, target.delta, **analysis)
+        elif noise is not None and target.epsilon is not None:
+            rounds = calibration.largest_count(
+                functools.partial(event_of, noise=noise), target.epsilon, target.delta, largest=rounds, **analysis
+            )
+        noise = noise or 0.0
+        if noise:
+            self.check_noise(noise, sampler, population, dimension)
+        event = event_of(rounds, noise) if noise else dp_accounting.NonPrivateDpEvent()
+        guarantee = guarantee_of(
+            event,
+            target,
+            mechanism=self.in_words(noise),
+            sampler=sampler.in_words(population),
+            steps=rounds,
+            assumptions=(*self.assumptions(sampler), *_EVERYWHERE) if noise else (),
+        )
+        return Plan(self, target, sampler, population, rounds, dimension, noise, guarantee)
+
+
+def check_rounds(rounds: int) -> None:
+    """Refuses a plan of no rounds."""
+    if rounds < 1:
+        raise InputError(f"at least 1 round must be planned, but it was {rounds}.")
+
+
+def _accountant_of_little_noise(event: dp_accounting.DpEvent, relation: Relation) -> Accountant:
+    """RDP where it has an analysis: with little noise, a privacy loss distribution outgrows the memory."""
+    try:
+        return accounting.accountant_for(event, relation, "rdp")
+    except InputError:
+        return "pld"
+
+
+def independent_rounds(noise: float, sampler: BaseSampler, population: int, rounds: int) -> dp_accounting.DpEvent:
+    """The event of rounds that each add Gaussian noise of their own."""
+    return sampler.event(dp_accounting.GaussianDpEvent(noise), population, rounds)
+
+
+def guarantee_of(
+    event: dp_accounting.DpEvent,
+    target: Privacy,
+    *,
+    mechanism: str,
+    sampler: str,
+    steps: int,
+    assumptions: tuple[str, ...] = (),
+) -> Guarantee:
+    """The guarantee that an event gives at a target's delta, relation and accountant, with its description."""
+    epsilon, accounted_by = math.inf, "none"
+    accountant: Accountant | Literal["none"] = "none"
+    if not isinstance(event, dp_accounting.NonPrivateDpEvent):
+        accountant = accounting.accountant_for(event, target.relation, target.accountant)
+        accounted_by = accounting.accountant_name(accountant)
+        epsilon = accounting.epsilon(event, target.delta, relation=target.relation, accountant=accountant)
+    return Guarantee(
+        unit=target.unit,
+        relation=target.relation,
+        epsilon=epsilon,
+        delta=target.delta,
+        mechanism=mechanism,
+        sampler=sampler,
+        steps=steps,
+        accountant=accountant,
+        accounted_by=accounted_by,
+        released="the models after all rounds",
+        assumptions=assumptions,
+        event=as_dict(event),
+    )
