@@ -1,6 +1,7 @@
 """The three charts of a trade-off study: what epsilon, the clip norm and the number of rounds cost."""
 
 import math
+from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ _NO_NOISE = "no noise"
 
 
 @canvas.style
-def epsilon(frame: pd.DataFrame) -> Figure:
+def epsilon(frame: pd.DataFrame, prices: Mapping[float, float] | None = None) -> Figure:
     """Draw test accuracy against epsilon, one line per number of rounds.
 
     Each point has the clip norm that is best by mean validation accuracy. Runs that are clipped but
@@ -25,6 +26,8 @@ def epsilon(frame: pd.DataFrame) -> Figure:
 
     Args:
         frame: The tidy frame of a study, one row per run.
+        prices: What each target epsilon becomes where the best clip norm is released
+            (`dpfl.study.tuning_prices`); the caption then states it.
 
     Raises:
         InputError: If the frame lacks columns, mixes runs that one chart cannot tell apart, or has no
@@ -49,7 +52,7 @@ def epsilon(frame: pd.DataFrame) -> Figure:
         labels.append(_NO_NOISE)
         _lines(axes, free.assign(label="", epsilon=values[-1]), "rounds", "epsilon", looks)
     canvas.ticks(axes.xaxis, values, labels)
-    return canvas.finish(figure, axes, "Rounds", _caption(runs, table, top, words.clip_choice(clipped(runs))))
+    return canvas.finish(figure, axes, "Rounds", _caption(runs, table, top, words.clip_choice(clipped(runs), prices)))
 
 
 @canvas.style
@@ -84,7 +87,7 @@ def clipping(frame: pd.DataFrame) -> Figure:
 
 
 @canvas.style
-def round_frequency(frame: pd.DataFrame) -> Figure:
+def round_frequency(frame: pd.DataFrame, prices: Mapping[float, float] | None = None) -> Figure:
     """Draw test accuracy against the number of rounds, one line per epsilon.
 
     Each point has the clip norm that is best by mean validation accuracy. The axis on top counts the
@@ -92,6 +95,8 @@ def round_frequency(frame: pd.DataFrame) -> Figure:
 
     Args:
         frame: The tidy frame of a study, one row per run.
+        prices: What each target epsilon becomes where the best clip norm is released
+            (`dpfl.study.tuning_prices`); the caption then states it.
 
     Raises:
         InputError: If the frame lacks columns, mixes runs that one chart cannot tell apart, or has no
@@ -114,7 +119,7 @@ def round_frequency(frame: pd.DataFrame) -> Figure:
         steps.set_xlabel("Local steps per round")
         steps.spines["top"].set_visible(True)
         canvas.ticks(steps.xaxis, values, [number(work[0] / value) for value in values])
-    caption = _caption(runs, table, top, words.clip_choice(clipped(runs)), words.work(work))
+    caption = _caption(runs, table, top, words.clip_choice(clipped(runs), prices), words.work(work))
     return canvas.finish(figure, axes, _legend(runs), caption)
 
 

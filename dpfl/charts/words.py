@@ -1,6 +1,6 @@
 """What a chart says in words: numbers, lists and the caption."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -90,15 +90,19 @@ def statistics(seeds: pd.Series) -> str:
     return f"Points: means over {count} seeds; bands and bars: 95% Student-t intervals."
 
 
-def clip_choice(clipped: pd.DataFrame) -> str:
-    """Return the sentence that says which clip norm a point has."""
+def clip_choice(clipped: pd.DataFrame, prices: Mapping[float, float] | None) -> str:
+    """Return the sentence that says which clip norm a point has, and what choosing it costs."""
     if clipped.empty:
         return ""
-    if len(clipped["clip_norm"].unique()) == 1:
+    values = len(clipped["clip_norm"].unique())
+    if values == 1:
         return f"All clipped runs have clip norm {number(clipped['clip_norm'].iloc[0])}."
+    chosen = "Each point has the clip norm with the best mean validation accuracy; that choice is not charged to ε."
+    if not prices:
+        return chosen
     return (
-        "Each point has the clip norm with the best mean validation accuracy; "
-        "that choice is not charged to the privacy budget."
+        f"{chosen} To release just the best of a random number of random clip norms, {values} on average, would cost "
+        f"ε = {several(number(price) for price in prices.values())} instead of {several(map(number, prices))}."
     )
 
 
@@ -108,7 +112,7 @@ def rounds_choice(clipped: pd.DataFrame) -> str:
         return f"All clipped runs have {number(clipped['rounds'].iloc[0])} rounds."
     return (
         "Each line has the number of rounds (in brackets) that reaches the best mean validation accuracy at "
-        "any clip norm; that choice is not charged to the privacy budget."
+        "any clip norm; that choice is not charged to ε."
     )
 
 

@@ -1,6 +1,6 @@
 """Studies: many runs, kept as they end, as one tidy table."""
 
 from dpfl.study.study import Study, grid
-from dpfl.study.tradeoff import tradeoff
+from dpfl.study.tradeoff import tradeoff, tuning_prices
 
-__all__ = ["Study", "grid", "tradeoff"]
+__all__ = ["Study", "grid", "tradeoff", "tuning_prices"]

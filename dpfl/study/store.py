@@ -64,7 +64,8 @@ class Store:
 
         parts = []
         for content in self._contents(run_ids):
-            part = pd.DataFrame(content["history"])
+            part = pd.DataFrame(content["history"], dtype=float)  # so that columns of None are missing numbers
+            part = part.astype({"round": int, "cohort": int})
             part.insert(0, "run_id", content["record"]["run_id"])
             parts.append(part)
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from dpfl.clients import LocalTraining
 from dpfl.data import FederatedData
 from dpfl.errors import InputError
 from dpfl.mechanisms import Deployment, Gaussian, NoMechanism
-from dpfl.privacy import Privacy
+from dpfl.privacy import Privacy, best_of
 from dpfl.sampling import Poisson
 from dpfl.simulation import Experiment, ServerOptimizer
 from dpfl.study.study import Study, grid
@@ -84,3 +85,36 @@ def tradeoff(
         plain = base.replace(mechanism=NoMechanism(), **{"privacy.epsilon": None})
         experiments += grid(plain, frequency)
     return Study(experiments, seeds=seeds)
+
+
+def tuning_prices(study: Study, over: Sequence[str]) -> dict[float, float]:
+    """Returns what each target epsilon becomes where the best of several settings is released.
+
+    It is the price of a random number of trials (geometric, and on average as many as there are settings), each of a
+    setting drawn at random, of which only the best is released (`dpfl.privacy.best_of`).
+
+    Args:
+        study: whose experiments differ in the settings, among others.
+        over: the settings that are chosen, such as `["mechanism.clip_norm"]`.
+
+    Raises:
+        InputError: the price of what was released is not known.
+    """
+    prices = {}
+    for target in sorted({experiment.privacy.epsilon or 0.0 for experiment in study.experiments} - {0.0}):
+        experiments = [experiment for experiment in study.experiments if experiment.privacy.epsilon == target]
+        settings = {tuple(_setting(experiment, path) for path in over) for experiment in experiments}
+        plans = [experiment.plan() for experiment in experiments]
+        guarantees = [plan.extrapolated or plan.guarantee for plan in plans]
+        events = set(guarantee.privacy_event() for guarantee in guarantees)
+        prices[target] = best_of(
+            sorted(events, key=repr),
+            guarantees[0].delta,
+            trials=len(settings),
+            relation=guarantees[0].relation,
+        )
+    return prices
+
+
+def _setting(experiment: Experiment, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), experiment)

@@ -169,11 +169,28 @@ def test_the_caption_states_the_guarantee_and_the_setting(runs, chart):
         "Poisson sampling; PLD accountant.",
         "Dataset digits, model softmax, 300 clients, 90 expected per round.",
         "means over 3 seeds; bands and bars: 95% Student-t intervals",
-        "that choice is not charged to the privacy budget.",
+        "that choice is not charged to ε.",
         "No noise: clipping alone, without a guarantee.",
         "6 of 372 runs diverged",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("chart", [charts.epsilon, charts.round_frequency])
+def test_the_price_of_choosing_the_clip_norm_is_stated(runs, chart):
+    text = caption(chart(runs, {0.5: 1.447, 8: 14.34}))
+    assert "of random clip norms, 5 on average, would cost ε = 1.447 and 14.34 instead of 0.5 and 8." in text
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+def test_an_extrapolated_epsilon_is_labelled(runs, chart):
+    deployed = runs.assign(deployment_clients=1e6, deployment_cohort=1000.0, epsilon_spent=77.7)
+    text = caption(chart(deployed))
+    assert "ε is extrapolated: it holds for 1,000,000 clients, 1,000 per round" in text
+    assert "the simulated clients have up to ε = 77.7." in text
+    half = deployed.assign(deployment_clients=deployed["deployment_clients"].where(deployed["seed"] == 0))
+    with pytest.raises(InputError, match="differ in deployment_clients"):
+        chart(half)
 
 
 @pytest.mark.parametrize("chart", CHARTS)

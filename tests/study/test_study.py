@@ -14,7 +14,7 @@ import pytest
 
 import dpfl
 from dpfl.privacy import Privacy
-from dpfl.study import grid, tradeoff
+from dpfl.study import grid, tradeoff, tuning_prices
 from dpfl.study.store import Store
 
 
@@ -42,6 +42,21 @@ def test_same_experiments_are_run_once(base: dpfl.Experiment) -> None:
     study = dpfl.Study([base, base.replace(rounds=4), base.replace(rounds=5)], seeds=[3, 7])
     assert len(study.experiments) == 2
     assert len(set(study.run_ids)) == 4
+
+
+def test_tuning_costs_more_the_more_there_is_to_choose(base: dpfl.Experiment) -> None:
+    axes = {"privacy.epsilon": [1, 4, None], "mechanism.clip_norm": [0.1, 0.5, 2], "rounds": [4, 6]}
+    study = dpfl.Study(base, axes)
+    clips = tuning_prices(study, ["mechanism.clip_norm"])
+    everything = tuning_prices(study, ["mechanism.clip_norm", "rounds"])
+    nothing = tuning_prices(study, ["local.steps"])
+    assert list(clips) == list(everything) == list(nothing) == [1, 4]
+    for epsilon in (1, 4):
+        assert epsilon < nothing[epsilon] < clips[epsilon] < everything[epsilon] < 6 * epsilon
+    # Only the dearest number of rounds matters, at each Renyi order.
+    plans = [base.replace(**{"privacy.epsilon": 1, "rounds": count}).plan() for count in (4, 6)]
+    alone = [dpfl.privacy.best_of(plan.event(), 1e-2, trials=6) for plan in plans]
+    assert max(alone) <= everything[1] <= 1.05 * max(alone)
 
 
 @pytest.mark.parametrize("seeds", [0, [], [-1]])
