@@ -81,5 +81,7 @@ def _sentence(config: type[Config], error: pydantic_core.ErrorDetails) -> str:
     if error["type"].startswith("union_tag"):
         known = context.get("expected_tags", "its name")
         return f"{path} must be given by {known}, but it was {error['input']!r}."
+    if error["type"] == "model_attributes_type":
+        return f"{path} must be made by one of dpfl's classes for it, but it was {error['input']!r}."
     complaint = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{path or config.__name__} {complaint}, but it was {error['input']!r}."

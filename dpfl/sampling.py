@@ -23,6 +23,7 @@ from dpfl.randomness import Purpose, generator
 
 # Of a round in which a Poisson sample exceeds the cap that is chosen for it: far below any delta.
 _CAP_EXCEEDED = 1e-12
+SECRET_COHORTS = "Who took part in which round stays secret."
 _FIXED_GROUPS = (
     "Which group a client belongs to was fixed beforehand, without a look at the data, and stays the same whoever else "
     "is in the data."
@@ -39,7 +40,7 @@ class BaseSampler(Config):
     """
 
     name: str
-    assumptions: ClassVar[tuple[str, ...]] = ("Who took part in which round stays secret.",)
+    assumptions: ClassVar[tuple[str, ...]] = (SECRET_COHORTS,)
     relations: ClassVar[tuple[Relation, ...]] = ("add_or_remove_one", "replace_one", "replace_special")
 
     def check(self, population: int) -> None:
@@ -298,7 +299,8 @@ class Cyclic(_CohortSampler):
     kept secret; which group a client belongs to counts as public and does not depend on the data.
 
     Attributes:
-        cohort: the largest number of clients in a round; groups may be smaller by one.
+        cohort: the largest number of clients in a round; there are as few groups as that allows, of sizes that
+            differ by at most one.
     """
 
     name: Literal["cyclic"] = "cyclic"
@@ -440,8 +442,8 @@ class BallsInBins(_CohortSampler):
     @override
     def in_words(self, population: int) -> str:
         return (
-            f"on the clients, of {population}, that fell into the round's bin when each was thrown into one of "
-            f"{self.bins(population)} at the start of the epoch"
+            f"on one of {self.bins(population)} bins in turn, into which the {population} clients are thrown at "
+            "random, anew in every epoch"
         )
 
 

@@ -570,6 +570,5 @@ class TestBallsInBins:
 
     def test_in_words(self):
         assert BallsInBins(cohort=20).in_words(60) == (
-            "on the clients, of 60, that fell into the round's bin when each was thrown into one of 3 at the start of "
-            "the epoch"
+            "on one of 3 bins in turn, into which the 60 clients are thrown at random, anew in every epoch"
         )

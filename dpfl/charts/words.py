@@ -19,6 +19,12 @@ _NAMES = {
     "fixed_size": "fixed-size",
     "balls_in_bins": "balls-in-bins",
     "everyone": "no",
+    "gaussian": "Gaussian mechanism",
+    "skellam": "distributed Skellam mechanism",
+    "discrete_gaussian": "distributed discrete Gaussian mechanism",
+    "banded_matrix": "banded matrix factorisation",
+    "local_gaussian": "local Gaussian mechanism",
+    "local_laplace": "local Laplace mechanism",
 }
 
 
@@ -56,7 +62,8 @@ def guarantee(private: pd.DataFrame, deltas: list[float]) -> str:
     return (
         f"Guarantee: {level(private)} (ε, δ)-differential privacy, δ = {several(map(number, deltas))}; "
         f"neighbours differ {relation.format(unit=run['unit'])}; "
-        f"{name(run['sampler'])} sampling; {name(run['accountant'])} accountant.{_extrapolation(private)}"
+        f"{name(run['mechanism'])}; {name(run['sampler'])} sampling; {name(run['accountant'])} accountant."
+        f"{_extrapolation(private)}"
     )
 
 

@@ -172,7 +172,7 @@ def tradeoff(
         local_work=given(local_work, grid.local_work),
         privacy=Privacy(
             epsilon=None,
-            delta=given(delta, _default_delta(federated.num_clients)),
+            delta=given(delta, _default_delta(deployment_clients or federated.num_clients)),
             relation=relation,
             accountant=accountant,
             allow_weak_delta=allow_weak_delta,
@@ -253,8 +253,9 @@ def _print_best(frame: pd.DataFrame, prices: dict[float, float]) -> None:
             f"{first['deployment_cohort']:,.0f} in a round; the {first['clients']:,} simulated ones have epsilon up to "
             f"{frame['epsilon_spent'].max():,.4g}."
         )
+    widths = {"epsilon": 15, "test accuracy": 13}
     for heading in ("epsilon", "with choice", "noise multiplier", "clip norm", "rounds", "test accuracy"):
-        table.add_column(heading, justify="right", no_wrap=heading == "epsilon")
+        table.add_column(heading, justify="right", min_width=widths.get(heading))
     for row in charts.best_settings(frame).to_dict("records"):
         no_noise = "plain averaging" if row["mechanism"] == "none" else "no noise"
         table.add_row(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from dpfl.errors import InputError
 if TYPE_CHECKING:
     from dpfl.config import Config
     from dpfl.mechanisms import Plan
+    from dpfl.privacy import Guarantee
 
 # What `rounds` tries at most.
 _MOST_STEPS = 1_000_000
@@ -55,7 +57,10 @@ _Delta = Annotated[float, typer.Option(help="Probability mass outside the epsilo
 _Unit = Annotated[Literal["user", "example"], typer.Option(help="The privacy unit: what one neighbour differs in.")]
 _Noise = Annotated[
     float,
-    typer.Option(help="Noise multiplier: standard deviation of the noise divided by the clip norm; 0 is none."),
+    typer.Option(
+        help="Noise multiplier: standard deviation of the noise (of one node for tree_aggregation, of one client for "
+        "local_gaussian; the scale for local_laplace) divided by the clip norm."
+    ),
 ]
 _Epsilon = Annotated[float, typer.Option(help="The epsilon that must not be exceeded.")]
 _ClipNorm = Annotated[float, typer.Option(help="Clip norm, for the statement: epsilon does not depend on it.")]
@@ -63,8 +68,10 @@ _Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="A further setting, such as mechanism.bands=8, mechanism.restart_every=100, sampler.groups=10 or "
-        "sampler.cap=150; may be repeated.",
+        help="A further setting; may be repeated: sampler.cap, sampler.groups; mechanism.clipping (gaussian), "
+        "quantile, clip_learning_rate, count_noise (adaptive_clipping), restart_every, variance_reduction "
+        "(tree_aggregation), bands, momentum (banded_matrix), steps, bits, beta (discrete_gaussian, skellam). "
+        "Example: mechanism.bands=8.",
     ),
 ]
 _Dimension = Annotated[
@@ -146,7 +153,12 @@ def rounds(
     question = _Question(
         mechanism, sampler, settings, clients, cohort, sampling_rate, dimension, clip_norm, delta, relation, accountant
     )
-    _print(question.plan(_MOST_STEPS, noise=noise_multiplier, epsilon=epsilon), unit, both, as_json)
+    if noise_multiplier == 0:
+        raise InputError("without noise no number of steps stays within an epsilon: give a positive noise multiplier.")
+    plan = question.plan(_MOST_STEPS, noise=noise_multiplier, epsilon=epsilon)
+    _print(plan, unit, both, as_json)
+    if plan.rounds == _MOST_STEPS:
+        print(f"no more than {_MOST_STEPS:,} steps were tried: more may stay within epsilon", file=sys.stderr)
 
 
 def cohort(
@@ -169,16 +181,25 @@ def cohort(
     """The largest expected cohort that a noise multiplier keeps within epsilon."""
     from dpfl.privacy import largest_count
 
-    def plan(size: int) -> Plan:
-        question = _Question(
+    if noise_multiplier == 0:
+        raise InputError("without noise no cohort stays within an epsilon: give a positive noise multiplier.")
+
+    def question(size: int) -> _Question:
+        return _Question(
             mechanism, sampler, settings, clients, size, None, dimension, clip_norm, delta, relation, accountant
         )
-        return question.plan(steps, noise=noise_multiplier)
 
+    most = clients // getattr(question(1).sampler_config(), "groups", 1)
     largest = largest_count(
-        lambda size: plan(size).event(), epsilon, delta, largest=clients, relation=relation, accountant=accountant
+        lambda size: question(size).event(steps, noise_multiplier),
+        epsilon,
+        delta,
+        largest=most,
+        relation=relation,
+        accountant=accountant,
     )
-    _print(plan(largest), unit, both, as_json, cohort=largest)
+    plan = question(largest).plan(steps, noise=noise_multiplier)
+    _print(plan, unit, both, as_json, cohort=largest, expected_cohort=plan.expected_cohort)
 
 
 def verify(
@@ -191,14 +212,29 @@ def verify(
         content = json.loads(record.read_text())
     except (OSError, ValueError):
         raise InputError(f"{record} cannot be read as JSON: give a run's record or the JSON of a guarantee.") from None
-    guarantee = Guarantee.from_dict(content.get("guarantee", content) if isinstance(content, dict) else {})
+    content = content if isinstance(content, dict) else {}
+    stated = content.get("guarantee", content)
+    for values in (stated, content.get("extrapolated")):
+        if values is not None:
+            _verify(Guarantee.from_dict(values))
+    spent = content.get("record", {}).get("epsilon_spent", stated["epsilon"])
+    if spent != stated["epsilon"]:
+        raise InputError(
+            f"the record's row says that epsilon {spent} was spent, but its guarantee states {stated['epsilon']}: "
+            "do not rely on it."
+        )
+
+
+def _verify(guarantee: Guarantee) -> None:
+    """Prints a statement and what its event costs; refuses one whose event costs more than is stated."""
     found = guarantee.recomputed_epsilon()
     Console().print(guarantee.statement(), highlight=False)
-    if found > guarantee.epsilon * (1 + 1e-6):
+    if not found <= guarantee.epsilon * (1 + 1e-6):
         raise InputError(
             f"the record states epsilon {guarantee.epsilon:g}, but its event costs {found:g}: do not rely on it."
         )
-    print(f"confirmed: computed anew, the event of this record costs epsilon {found:.6g}")
+    print(f"the event: {guarantee.privacy_event()}")
+    print(f"confirmed: computed anew, this event costs epsilon {found:.6g} (compare the event with the words above)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,19 +255,10 @@ class _Question:
 
     def plan(self, steps: int, *, noise: float | None = None, epsilon: float | None = None) -> Plan:
         """Plans so many steps with a noise, for an epsilon, or until the noise has spent the epsilon."""
-        from dpfl import mechanisms, sampling
-        from dpfl.config import kinds
         from dpfl.privacy import Privacy
 
-        given = _settings(self.settings or [])
-        clients, cohort = self._population()
-        sampler_kind = _kind("sampler", self.sampler, kinds(sampling.Sampler))
-        if cohort is not None:
-            given["sampler"].setdefault("cohort", cohort)
-        mechanism_kind = _kind("mechanism", self.mechanism, kinds(mechanisms.Mechanism))
-        mechanism = mechanism_kind(
-            **{"clip_norm": self.clip_norm, "noise_multiplier": noise or None, **given["mechanism"]}
-        )
+        clients, _ = self._population()
+        mechanism = self.mechanism_config(noise)
         target = Privacy(
             epsilon=epsilon,
             delta=self.delta,
@@ -239,11 +266,35 @@ class _Question:
             accountant=self.accountant,
             allow_weak_delta=True,
         )
-        plan = mechanism.plan(target, sampler_kind(**given["sampler"]), clients, steps, dimension=self.dimension)
+        plan = mechanism.plan(target, self.sampler_config(), clients, steps, dimension=self.dimension)
         if self.sampling_rate is None:
             return plan
         in_words = f"on a Poisson sample at rate {self.sampling_rate:g}"
         return dataclasses.replace(plan, guarantee=dataclasses.replace(plan.guarantee, sampler=in_words))
+
+    def event(self, steps: int, noise: float) -> Any:
+        """The privacy event of so many steps with a noise, whether or not it makes a sensible plan."""
+        clients, _ = self._population()
+        sampler = self.sampler_config()
+        mechanism = self.mechanism_config(noise)
+        mechanism.check_sampler(sampler, clients, self.relation)
+        return mechanism.event(noise, sampler, clients, steps, self.dimension)
+
+    def mechanism_config(self, noise: float | None) -> Any:
+        """The mechanism with its settings; a noise of 0 is none."""
+        from dpfl.config import kinds
+        from dpfl.mechanisms import Mechanism
+
+        flags = {"clip_norm": self.clip_norm, "noise_multiplier": noise or None}
+        return _made("mechanism", self.mechanism, kinds(Mechanism), flags, self.settings)
+
+    def sampler_config(self) -> Any:
+        """The sampler with its settings."""
+        from dpfl.config import kinds
+        from dpfl.sampling import Sampler
+
+        _, cohort = self._population()
+        return _made("sampler", self.sampler, kinds(Sampler), {"cohort": cohort}, self.settings)
 
     def _population(self) -> tuple[int, int | None]:
         """The number of units, and the expected cohort."""
@@ -263,41 +314,56 @@ class _Question:
         return clients, cohort
 
 
-def _kind(what: str, name: str, known: dict[str, type[Config]]) -> Any:
-    if name not in known or name == "none":
-        raise InputError(f"there is no {what} '{name}': choose {', '.join(kind for kind in known if kind != 'none')}.")
-    return known[name]
+def _made(
+    group: str, name: str, known: dict[str, type[Config]], flags: dict[str, Any], words: list[str] | None
+) -> Config:
+    """A mechanism or a sampler, from the options that have names of their own and from --set."""
+    known = {kind: config for kind, config in known.items() if kind != "none"}
+    if name not in known:
+        raise InputError(f"there is no {group} '{name}': choose {', '.join(known)}.")
+    given = _settings(group, words or [])
+    for field, value in flags.items():
+        option = f"--{field.replace('_', '-')}"
+        if field in given:
+            raise InputError(f"'--set {group}.{field}' is {option}: give that instead.")
+        if value is not None and field not in known[name].model_fields:
+            raise InputError(f"the {group} {name} has no {field}: leave {option} out.")
+    given.update({field: value for field, value in flags.items() if value is not None})
+    for field, described in known[name].model_fields.items():
+        if described.is_required() and field not in given:
+            option = f"--{field.replace('_', '-')}" if field in flags else f"--set {group}.{field}=..."
+            raise InputError(f"the {group} {name} needs its {field}: give {option}.")
+    return known[name](**given)
 
 
-def _settings(given: list[str]) -> dict[str, dict[str, Any]]:
-    """Settings of the mechanism and of the sampler, from words like "mechanism.bands=8"."""
+def _settings(group: str, words: list[str]) -> dict[str, Any]:
+    """The settings of the mechanism or of the sampler, from words like "mechanism.bands=8"."""
     settings: dict[str, dict[str, Any]] = {"mechanism": {}, "sampler": {}}
-    for word in given:
+    for word in words:
         path, equals, text = word.partition("=")
-        group, _, name = path.partition(".")
-        if not equals or group not in settings or not name:
+        whose, _, name = path.partition(".")
+        if not equals or whose not in settings or not name:
             raise InputError(
                 "--set takes mechanism.NAME=VALUE or sampler.NAME=VALUE, such as mechanism.bands=8, "
                 f"but it was '{word}'."
             )
         try:
-            settings[group][name] = json.loads(text)
+            settings[whose][name] = json.loads(text)
         except ValueError:
-            settings[group][name] = text
-    return settings
+            settings[whose][name] = text
+    return settings[group]
 
 
 def _print(plan: Plan, unit: Any, both: bool, as_json: bool, **more: Any) -> None:
     """Prints what a plan guarantees, whatever its noisy sums are used for."""
-    private = (_IF_DONE_SO,) if plan.is_private else ()
-    sampler = plan.guarantee.sampler
     guarantee = dataclasses.replace(
         plan.guarantee,
         unit=unit,
-        sampler=sampler.replace("client", "example") if unit == "example" else sampler,
         released="what is computed from the noisy sums",
-        assumptions=private,
+        assumptions=(_IF_DONE_SO,) if plan.is_private else (),
     )
+    if unit == "example":
+        guarantee = _at_example_level(guarantee)
     accountants = guarantee.epsilon_by_accountant() if both and plan.is_private else {}
     if as_json:
         found = {"epsilon_by_accountant": accountants} if both else {}
@@ -306,3 +372,14 @@ def _print(plan: Plan, unit: Any, both: bool, as_json: bool, **more: Any) -> Non
     Console().print(guarantee.statement(), highlight=False)
     for name, value in {**more, **{f"epsilon by {key.upper()}": value for key, value in accountants.items()}}.items():
         print(f"{name}: {value:.6g}")
+
+
+def _at_example_level(guarantee: Guarantee) -> Guarantee:
+    """The same in the words of DP-SGD, for mechanisms that leave the noise to the server."""
+    if "client" in guarantee.mechanism:
+        raise InputError("where clients draw the noise, clients are what is protected: choose --unit user.")
+    return dataclasses.replace(
+        guarantee,
+        mechanism=guarantee.mechanism.replace("update", "gradient"),
+        sampler=guarantee.sampler.replace("client", "example"),
+    )

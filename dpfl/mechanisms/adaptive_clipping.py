@@ -100,7 +100,8 @@ class AdaptiveClipping(BaseMechanism):
     @override
     def in_words(self, noise: float) -> str:
         return (
-            f"the Gaussian mechanism with noise multiplier {noise:g} in all, on the sum of updates clipped to an L2 "
-            f"norm that starts at {self.clip_norm:g} and follows their quantile {self.quantile:g}, and on the count of "
-            f"updates within it, whose noise has a standard deviation of {self.count_noise:g} times the expected cohort"
+            f"the Gaussian mechanism with noise multiplier {noise:g} in all on two sums: of updates clipped to an L2 "
+            f"norm that starts at {self.clip_norm:g} and follows quantile {self.quantile:g} of their norms, and of one "
+            f"bit each for being within it (with noise of standard deviation {self.count_noise:g} times the expected "
+            "cohort),"
         )

@@ -86,7 +86,9 @@ class BandedMatrix(BaseMechanism):
         period = sampler.period(population)
         assert period is not None  # else there is no overlap
         participations = math.ceil(rounds / period)
-        sensitivity = sum(math.sqrt(math.ceil((participations - first) / overlaps)) for first in range(overlaps))
+        sensitivity = sum(
+            math.sqrt(math.ceil((participations - first) / overlaps)) for first in range(min(overlaps, participations))
+        )
         return dp_accounting.GaussianDpEvent(noise / sensitivity)
 
     @override
@@ -103,7 +105,8 @@ class BandedMatrix(BaseMechanism):
 
     @override
     def in_words(self, noise: float) -> str:
+        bands = "1 band" if self.bands == 1 else f"{self.bands} bands"
         return (
-            f"banded matrix factorisation ({self.bands} bands, columns of norm 1) with noise multiplier {noise:g} on "
+            f"banded matrix factorisation ({bands}, columns of norm 1) with noise multiplier {noise:g} on "
             f"the sum of updates clipped to L2 norm {self.clip_norm:g}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from dpfl.mechanisms.queries import SumQuery
 
 _SMALLEST_CLIP_NORM, _LARGEST_CLIP_NORM = 1e-9, 1e9
-_LEAST_ACCOUNTABLE_NOISE = 0.01  # with less, the privacy loss takes more values than memory holds
+_LEAST_NOISE, _LARGEST_NOISE = 0.01, 1e9  # with less, nobody is protected
+_LEAST_NOISE_FOR_PLD = 0.1  # with less, the privacy loss may take more values than memory holds
+_MOST_ROUNDS = 1_000_000_000
 
 _EVERYWHERE = (
-    "The number of clients, and with it the sampling rate, counts as public, and the split into training and held-out "
-    "examples as fixed.",
+    "The number of clients counts as public, and the split into training and held-out examples as fixed.",
     "It does not cover figures measured along the way (accuracies, losses, update norms), nor the choice of "
     "hyperparameters by looking at them.",
     "The noise is a pseudo-random function, in float32, of the run's seed: whoever knows the seed can take it off, and "
@@ -48,12 +50,14 @@ class BaseMechanism(Config):
             beyond, squares leave the range of float32 and norms would be wrong.
         noise_multiplier: a fixed noise; None calibrates it to the target. With a fixed noise the
             target's epsilon is a budget: training ends before the round that would exceed it.
+        released: what the guarantee covers, in words.
         needs_dimension: whether accounting depends on the number of coordinates of an update.
     """
 
     name: str
     clip_norm: float
     noise_multiplier: float | None = None
+    released: ClassVar[str] = "the models after all rounds"
     needs_dimension: ClassVar[bool] = False
 
     @pydantic.model_validator(mode="after")
@@ -64,10 +68,11 @@ class BaseMechanism(Config):
                 f"but it was {self.clip_norm:g}; to train without clipping use the mechanism none."
             )
         noise = self.noise_multiplier
-        if noise is not None and not _LEAST_ACCOUNTABLE_NOISE <= noise < math.inf:
+        if noise is not None and not _LEAST_NOISE <= noise <= _LARGEST_NOISE:
             raise InputError(
-                f"the noise multiplier must be finite and at least {_LEAST_ACCOUNTABLE_NOISE:g}, but it was {noise:g}; "
-                "leave it out to calibrate it to epsilon."
+                f"the noise multiplier must be at least {_LEAST_NOISE:g} and at most {_LARGEST_NOISE:g}, "
+                f"but it was {noise:g}; "
+                "None calibrates it to epsilon."
             )
         return self
 
@@ -121,14 +126,27 @@ class BaseMechanism(Config):
 
     # What is the same for all.
 
-    def check(self, target: Privacy, sampler: BaseSampler, population: int) -> None:
+    def check(
+        self, target: Privacy, sampler: BaseSampler, population: int, deployment: Deployment | None = None
+    ) -> None:
         """Refuses settings that no noise can reconcile.
 
         Raises:
-            InputError: a cohort beyond the population, a weak delta, or a sampler or relation that
-                the mechanism has no analysis for.
+            InputError: a cohort beyond the population, a weak delta, a sampler or relation that the
+                mechanism has no analysis for, or a deployment smaller than the simulation.
         """
+        if population < 1:
+            raise InputError(f"at least 1 client is needed, but there were {population}.")
         sampler.check(population)
+        if deployment is not None:
+            larger = deployment.sampler(sampler)
+            self.check(target, larger, deployment.clients)
+            if larger.expected_cohort(deployment.clients) < sampler.expected_cohort(population):
+                raise InputError(
+                    "the deployment's expected cohort must be at least the simulated one, "
+                    f"{sampler.expected_cohort(population):g}, but it was "
+                    f"{larger.expected_cohort(deployment.clients):g}."
+                )
         if target.epsilon is None and self.noise_multiplier is None:
             return
         self.check_sampler(sampler, population, target.relation)
@@ -159,30 +177,20 @@ class BaseMechanism(Config):
         Raises:
             InputError: the target cannot be met.
         """
-        self.check(target, sampler, population)
+        self.check(target, sampler, population, deployment)
         check_rounds(rounds)
-        if self.needs_dimension and dimension is None:
+        if self.needs_dimension and (dimension is None or dimension < 1):
             raise InputError(
-                f"the mechanism {self.name} accounts for the number of weights: tell the plan the dimension."
+                f"the mechanism {self.name} accounts for the number of weights: tell the plan the dimension, at least "
+                "1 (--dimension, dimension=)."
             )
         if deployment is None:
             return self._planned(target, sampler, population, rounds, dimension)
         larger = deployment.sampler(sampler)
-        self.check(target, larger, deployment.clients)
         deployed = self._planned(target, larger, deployment.clients, rounds, dimension)
-        noise, accountant = None, target.accountant
-        if deployed.noise_multiplier:
-            share = sampler.expected_cohort(population) / deployed.expected_cohort
-            noise = max(self.noise_for_cohort(deployed.noise_multiplier, share), _LEAST_ACCOUNTABLE_NOISE)
-            event = self.event(noise, sampler, population, deployed.rounds, dimension)
-            accountant = _accountant_of_little_noise(event, target.relation)
-        simulated = self.replace(noise_multiplier=noise)._planned(
-            target.replace(epsilon=None, accountant=accountant, allow_weak_delta=True),
-            sampler,
-            population,
-            deployed.rounds,
-            dimension,
-        )
+        share = sampler.expected_cohort(population) / deployed.expected_cohort
+        noise = self.noise_for_cohort(deployed.noise_multiplier, share)
+        simulated = self._with_noise(noise, target, sampler, population, deployed.rounds, dimension)
         extrapolated = dataclasses.replace(
             deployed.guarantee,
             assumptions=(
@@ -196,6 +204,7 @@ class BaseMechanism(Config):
     def _planned(
         self, target: Privacy, sampler: BaseSampler, population: int, rounds: int, dimension: int | None
     ) -> Plan:
+        """Calibrates the noise to epsilon, or the rounds to a fixed noise."""
         noise = self.noise_multiplier
         analysis: dict[str, Any] = {"relation": target.relation, "accountant": target.accountant}
 
@@ -208,33 +217,51 @@ class BaseMechanism(Config):
             rounds = calibration.largest_count(
                 functools.partial(event_of, noise=noise), target.epsilon, target.delta, largest=rounds, **analysis
             )
-        noise = noise or 0.0
+        plan = self._with_noise(noise or 0.0, target, sampler, population, rounds, dimension)
+        if target.epsilon is not None and plan.guarantee.epsilon > target.epsilon:
+            raise InputError(
+                f"epsilon {target.epsilon:g} cannot be accounted for at delta {target.delta:g}: choose a larger delta."
+            )
+        return plan
+
+    def _with_noise(
+        self,
+        noise: float,
+        target: Privacy,
+        sampler: BaseSampler,
+        population: int,
+        rounds: int,
+        dimension: int | None,
+    ) -> Plan:
+        """What a noise guarantees, if any."""
+        event: dp_accounting.DpEvent = dp_accounting.NonPrivateDpEvent()
         if noise:
             self.check_noise(noise, sampler, population, dimension)
-        event = event_of(rounds, noise) if noise else dp_accounting.NonPrivateDpEvent()
+            event = self.event(noise, sampler, population, rounds, dimension)
         guarantee = guarantee_of(
             event,
-            target,
+            target.replace(accountant=_accountant_for_noise(noise, event, target)),
             mechanism=self.in_words(noise),
             sampler=sampler.in_words(population),
             steps=rounds,
+            released=self.released,
             assumptions=(*self.assumptions(sampler), *_EVERYWHERE) if noise else (),
         )
         return Plan(self, target, sampler, population, rounds, dimension, noise, guarantee)
 
 
 def check_rounds(rounds: int) -> None:
-    """Refuses a plan of no rounds."""
-    if rounds < 1:
-        raise InputError(f"at least 1 round must be planned, but it was {rounds}.")
+    """Refuses a plan of no rounds, of a part of one, and of more than anybody will see."""
+    if not isinstance(rounds, int) or not 1 <= rounds <= _MOST_ROUNDS:
+        raise InputError(f"a whole number of rounds from 1 to {_MOST_ROUNDS:,} must be planned, but it was {rounds}.")
 
 
-def _accountant_of_little_noise(event: dp_accounting.DpEvent, relation: Relation) -> Accountant:
-    """RDP where it has an analysis: with little noise, a privacy loss distribution outgrows the memory."""
-    try:
-        return accounting.accountant_for(event, relation, "rdp")
-    except InputError:
-        return "pld"
+def _accountant_for_noise(noise: float, event: dp_accounting.DpEvent, target: Privacy) -> Accountant:
+    """RDP where so little noise is left that a privacy loss distribution outgrows the memory, if RDP has an answer."""
+    if 0 < noise < _LEAST_NOISE_FOR_PLD:
+        with contextlib.suppress(InputError):
+            return accounting.accountant_for(event, target.relation, "rdp")
+    return target.accountant
 
 
 def independent_rounds(noise: float, sampler: BaseSampler, population: int, rounds: int) -> dp_accounting.DpEvent:
@@ -249,6 +276,7 @@ def guarantee_of(
     mechanism: str,
     sampler: str,
     steps: int,
+    released: str = "the models after all rounds",
     assumptions: tuple[str, ...] = (),
 ) -> Guarantee:
     """The guarantee that an event gives at a target's delta, relation and accountant, with its description."""
@@ -268,7 +296,7 @@ def guarantee_of(
         steps=steps,
         accountant=accountant,
         accounted_by=accounted_by,
-        released="the models after all rounds",
+        released=released,
         assumptions=assumptions,
         event=as_dict(event),
     )

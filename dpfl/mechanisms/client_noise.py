@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from dpfl.mechanisms.queries import SumQuery
+from dpfl.mechanisms.queries import SumQuery, round_seed
 
 _LOWEST, _HIGHEST = tf.int32.limits
 
@@ -37,8 +37,7 @@ class ClientNoiseQuery(SumQuery):
             params: from `derive_sample_params`.
             client: the client's index, int32 scalar.
         """
-        seed = tf.random.experimental.stateless_fold_in(params.seed, tf.cast(client, tf.int32))
-        return ClientParams(params._replace(seed=seed))
+        return ClientParams(params._replace(seed=round_seed(params.seed, client)))
 
     def clip_norm(self, params: Any) -> tf.Tensor:
         """The clip norm, a float32 scalar."""

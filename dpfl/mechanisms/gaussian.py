@@ -54,8 +54,8 @@ class Gaussian(BaseMechanism):
     def in_words(self, noise: float) -> str:
         split = {
             "flat": "",
-            "per_layer": ", in equal shares for each tensor",
-            "per_layer_by_size": ", in shares for each tensor by its size",
+            "per_layer": " (in equal shares for each tensor)",
+            "per_layer_by_size": " (in shares for each tensor by its size)",
         }[self.clipping]
         return (
             f"the Gaussian mechanism with noise multiplier {noise:g} on the sum of updates clipped "

@@ -8,7 +8,7 @@ The noise of n clients adds up to sqrt(n) times one client's, where a trusted se
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import dp_accounting
 from typing_extensions import override
@@ -17,7 +17,7 @@ from dpfl.errors import InputError
 from dpfl.mechanisms.base import BaseMechanism
 from dpfl.mechanisms.plan import Plan
 from dpfl.privacy.relations import Relation
-from dpfl.sampling import BaseSampler
+from dpfl.sampling import SECRET_COHORTS, BaseSampler
 
 if TYPE_CHECKING:
     from dpfl.mechanisms.queries import SumQuery
@@ -32,9 +32,12 @@ _NOBODY_IS_TRUSTED = (
 class _LocalMechanism(BaseMechanism):
     """What local mechanisms have in common: no noise but the clients', and no amplification by sampling."""
 
+    released: ClassVar[str] = "each client's noised updates of all rounds"
+
     @override
     def assumptions(self, sampler: BaseSampler) -> tuple[str, ...]:
-        return _NOBODY_IS_TRUSTED
+        # Who takes part is no secret, but groups must not be made by a look at the data all the same.
+        return (*_NOBODY_IS_TRUSTED, *(sentence for sentence in sampler.assumptions if sentence != SECRET_COHORTS))
 
     @override
     def noise_for_cohort(self, noise: float, share: float) -> float:
@@ -81,8 +84,9 @@ class LocalGaussian(_LocalMechanism):
     @override
     def in_words(self, noise: float) -> str:
         return (
-            f"each client's update, clipped to L2 norm {self.clip_norm:g}, with Gaussian noise of standard deviation "
-            f"{noise * self.clip_norm:g} (noise multiplier {noise:g}) that the client adds"
+            f"the local Gaussian mechanism with noise multiplier {noise:g}, which releases each client's update, "
+            f"clipped to L2 norm {self.clip_norm:g}, with Gaussian noise of standard deviation "
+            f"{noise * self.clip_norm:g} that the client itself adds,"
         )
 
 
@@ -115,6 +119,7 @@ class LocalLaplace(_LocalMechanism):
     @override
     def in_words(self, noise: float) -> str:
         return (
-            f"each client's update, clipped to L1 norm {self.clip_norm:g}, with Laplace noise of scale "
-            f"{noise * self.clip_norm:g} (noise multiplier {noise:g}) that the client adds"
+            f"the local Laplace mechanism with noise multiplier {noise:g}, which releases each client's update, "
+            f"clipped to L1 norm {self.clip_norm:g}, with Laplace noise of scale "
+            f"{noise * self.clip_norm:g} that the client itself adds,"
         )

@@ -26,7 +26,9 @@ class NoMechanism(Config):
     clip_norm: ClassVar[float] = math.inf
     needs_dimension: ClassVar[bool] = False
 
-    def check(self, target: Privacy, sampler: BaseSampler, population: int) -> None:
+    def check(
+        self, target: Privacy, sampler: BaseSampler, population: int, deployment: Deployment | None = None
+    ) -> None:
         """Refuses an epsilon, which this mechanism cannot keep, and a cohort beyond the population."""
         sampler.check(population)
         if target.epsilon is not None:

@@ -122,10 +122,10 @@ class TreeAggregation(BaseMechanism):
 
     @override
     def in_words(self, noise: float) -> str:
-        restarts = "" if self.restart_every is None else f", restarted every {self.restart_every} rounds"
-        estimate = ", estimated from below" if self.variance_reduction == "honaker" else ""
+        restarts = "" if self.restart_every is None else f", a new tree every {self.restart_every} rounds"
+        estimate = ", with Honaker's estimate from below" if self.variance_reduction == "honaker" else ""
         return (
-            f"tree aggregation (DP-FTRL) with noise multiplier {noise:g} on each node{estimate}{restarts}, on the sum "
+            f"tree aggregation (DP-FTRL{estimate}{restarts}) with noise multiplier {noise:g} on each node, on the sum "
             f"of updates clipped to L2 norm {self.clip_norm:g}"
         )
 

@@ -283,7 +283,7 @@ def largest_count(
     check_epsilon(target_epsilon)
     check_delta(delta)
     if smallest > largest:
-        raise InputError(f"the largest number, {largest}, must not be below the smallest, {smallest}.")
+        raise InputError(f"the largest number to try, {largest}, must not be below the smallest, {smallest}.")
 
     def spent(number: int, interval: float) -> float:
         return epsilon(event_of(number), delta, relation=relation, accountant=accountant, pld_interval=interval)

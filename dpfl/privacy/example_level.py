@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,7 +65,12 @@ class ClientEpsilons:
 
         Returns:
             For each level the epsilon of some client, float64.
+
+        Raises:
+            InputError: a level is not in [0, 1].
         """
+        if not all(isinstance(level, numbers.Real) and 0 <= level <= 1 for level in levels):
+            raise InputError(f"quantiles are at levels from 0 to 1, but these were {', '.join(map(repr, levels))}.")
         return np.quantile(self.epsilons, levels, method="inverted_cdf")
 
     def frame(self) -> pd.DataFrame:
@@ -90,7 +96,7 @@ class ClientEpsilons:
             promise = (
                 f"({_stated(self.worst)}, {_stated(self.delta)})-differential privacy at example level: what is "
                 f"released changes by at most this epsilon and delta when {UNIT_IN_WORDS['example']} "
-                f"{RELATION_IN_WORDS[self.relation]} in the data of any client (relation {self.relation})"
+                f"{RELATION_IN_WORDS[self.relation].format(data='the data of a client')} (relation {self.relation})"
             )
         return " ".join(
             (
@@ -141,8 +147,11 @@ def client_epsilons(
     check_analysis(relation, accountant)
     counts = _whole_numbers("each client's number of records", records, least=1)
     rounds = _whole_numbers("each client's number of rounds", participations, least=0)
-    _whole_numbers("the batch size", batch_size, least=1)
-    _whole_numbers("the number of local steps", local_steps, least=1)
+    for what, value in (("the batch size", batch_size), ("the number of local steps", local_steps)):
+        if _whole_numbers(what, value, least=1).ndim:
+            raise InputError(f"{what} must be one number for all clients.")
+    if not isinstance(noise_multiplier, numbers.Real):
+        raise InputError(f"the noise multiplier must be a number, but it was {noise_multiplier!r}.")
     if counts.ndim != 1 or not len(counts) or rounds.shape not in ((), counts.shape):
         raise InputError(
             "the records must be one number for each client, and the participations one number for all or for each, "

@@ -8,6 +8,7 @@ import math
 from typing import Any, Literal
 
 import dp_accounting
+import pydantic
 
 from dpfl.errors import InputError
 from dpfl.privacy import accounting, events
@@ -59,8 +60,8 @@ class Guarantee:
                 f"({rounded_up(self.epsilon, 4):g}, {rounded_up(self.delta, 4):g})-differential privacy at "
                 f"{self.unit} level: "
                 f"the distribution of {self.released} changes by at most this epsilon and delta when "
-                f"{UNIT_IN_WORDS[self.unit]} {RELATION_IN_WORDS[self.relation]} in the training data (relation "
-                f"{self.relation}).",
+                f"{UNIT_IN_WORDS[self.unit]} {RELATION_IN_WORDS[self.relation].format(data='the training data')} "
+                f"(relation {self.relation}).",
                 f"It comes from {how}; epsilon by the accountant {self.accounted_by}.",
                 *self.assumptions,
             )
@@ -98,9 +99,15 @@ class Guarantee:
         """
         try:
             epsilon = math.inf if values["epsilon"] is None else values["epsilon"]
-            return cls(**{**values, "epsilon": epsilon, "assumptions": tuple(values["assumptions"])})
-        except (TypeError, KeyError):
+            made: Guarantee = _GUARANTEES.validate_python({**values, "epsilon": epsilon}, strict=False)
+            if set(values) != set(made.as_dict()):
+                raise ValueError
+        except (TypeError, KeyError, ValueError):  # pydantic.ValidationError is a ValueError
             raise InputError("these are not the fields of a guarantee: give what Guarantee.as_dict gave.") from None
+        accounting.check_delta(made.delta)
+        if not made.epsilon >= 0:
+            raise InputError(f"the epsilon of a guarantee must be a number of at least 0, but it was {made.epsilon}.")
+        return made
 
     def privacy_event(self) -> dp_accounting.DpEvent:
         """What was released, as the accountants take it."""
@@ -115,3 +122,6 @@ class Guarantee:
     def epsilon_by_accountant(self) -> dict[str, float]:
         """Epsilon by each accountant that has an analysis of what was released."""
         return accounting.epsilon_by_accountant(self.privacy_event(), self.delta, relation=self.relation)
+
+
+_GUARANTEES = pydantic.TypeAdapter(Guarantee)

@@ -37,6 +37,7 @@ _MOST_POINTS = 200_000  # of the mesh of an integral; only orders of no use with
 _REACH = 14  # standard deviations: further out lies less than 1e-43 of a Gaussian
 _ROUNDING = 1e-14  # of the logarithm of an integral, times the order: added, for tiny rates are within it
 _MOST_DIFFERENCES = 256  # beyond this order dp-accounting, too, takes the simpler bound
+_LEAST_SHARE_VARIANCE = 0.25 * (1 - 1e-9)  # 1/4, and what rounding may take off a share of exactly 1/2
 
 _Curve = Callable[[Any, np.ndarray, Relation], np.ndarray]
 
@@ -156,7 +157,9 @@ def _integrated(rate: float, noise: float, order: float, relation: Relation) -> 
     nearest complex zero of a density, pi z^2.
     """
     step = min(noise, noise**2) / 4
-    first, last = -1 - _REACH * noise, order + 1 + _REACH * noise
+    # The integrand peaks at the order at most; with N(-1, z^2) in the other mixture, at most at 2 order - 1.
+    furthest = 2 * order if relation == "replace_one" else order
+    first, last = -1 - _REACH * noise, furthest + 1 + _REACH * noise
     if (last - first) / step > _MOST_POINTS:
         return math.inf
     points = np.arange(first, last, step)
@@ -291,12 +294,13 @@ def _skellam(event: SkellamDpEvent, orders: np.ndarray, relation: Relation) -> n
 def _discrete_gaussian_sum(event: DiscreteGaussianSumDpEvent, orders: np.ndarray, relation: Relation) -> np.ndarray:
     """Kairouz, Liu & Steinke 2021 (2102.06387), proposition 14: how far a sum of shares is from one Gaussian.
 
-    There sigma is the standard deviation of one share; the sensitivity is divided by that of the sum.
+    There sigma is the standard deviation of one share, which must be at least 1/2 (at 0.1 the proposition is wrong);
+    the sensitivity is divided by that of the sum. One share alone is a discrete Gaussian, whatever its sigma.
     """
     _check_shares(event, relation)
-    if event.standard_deviation == 0:
-        return np.full(len(orders), np.inf)
     share_variance = event.standard_deviation**2 / event.summands
+    if share_variance == 0 or (event.summands > 1 and share_variance < _LEAST_SHARE_VARIANCE):
+        return np.full(len(orders), np.inf)
     shares = np.arange(1, event.summands)
     distance = 10 * np.exp(-2 * math.pi**2 * share_variance * shares / (shares + 1)).sum()
     scale = _sensitivity(relation) * event.l2_sensitivity / event.standard_deviation

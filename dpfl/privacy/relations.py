@@ -13,7 +13,7 @@ UNIT_IN_WORDS: dict[str, str] = {
     "example": "one training example",
 }
 RELATION_IN_WORDS: dict[str, str] = {
-    "add_or_remove_one": "is added or removed",
-    "replace_one": "is replaced by any other",
-    "replace_special": "is replaced by an empty contribution",
+    "add_or_remove_one": "is added to {data} or removed from it",
+    "replace_one": "in {data} is replaced by any other data",
+    "replace_special": "in {data} is replaced by an empty contribution",
 }

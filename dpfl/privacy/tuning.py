@@ -8,6 +8,7 @@ the idea.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ import dp_accounting
 import numpy as np
 
 from dpfl.errors import InputError
-from dpfl.privacy.accounting import check_delta, epsilon
+from dpfl.privacy.accounting import check_analysis, check_delta, epsilon
 from dpfl.privacy.rdp import ORDERS, epsilon_of_divergences, renyi_divergences, repeated_and_selected
 from dpfl.privacy.relations import Accountant, Relation
 
@@ -60,14 +61,19 @@ def best_of(
         InputError: a value is out of range, or there is no Renyi analysis of the event under the relation.
     """
     check_delta(delta)
-    if not 1 <= trials < math.inf:
-        raise InputError(f"the mean number of trials must be at least 1 and finite, but it was {trials:g}.")
-    configurations = [event] if isinstance(event, dp_accounting.DpEvent) else list(event)
+    check_analysis(relation, "rdp")
+    if not _is_number(trials) or not 1 <= trials < math.inf:
+        raise InputError(f"the mean number of trials must be at least 1 and finite, but it was {_shown(trials)}.")
+    configurations = list(event) if isinstance(event, Sequence) else [event]
+    if not configurations:
+        raise InputError("there is no trial to account for: give the event of at least one configuration.")
+    for trial in configurations:
+        _check_event(trial)
     orders = np.array(ORDERS)
     try:
         curves = [renyi_divergences(trial, orders, relation) for trial in configurations]
     except dp_accounting.UnsupportedEventError:
-        kinds = ", ".join(sorted({type(trial).__name__ for trial in configurations}))
+        kinds = ", ".join(sorted({_kind(trial) for trial in configurations}))
         raise InputError(
             f"the price of tuning {kinds} is not known under the relation {relation}, since the RDP "
             "accountant has no analysis of it; choose another relation or mechanism."
@@ -99,8 +105,9 @@ def all_of(
     Raises:
         InputError: a value is out of range, or the accountant has no analysis of the event.
     """
-    if not trials >= 1 or trials % 1 != 0:
-        raise InputError(f"at least 1 trial must be run, and a whole number of them, but it was {trials:g}.")
+    _check_event(event)
+    if not _is_number(trials) or not trials >= 1 or trials % 1 != 0:
+        raise InputError(f"at least 1 trial must be run, and a whole number of them, but it was {_shown(trials)}.")
     repeated = dp_accounting.SelfComposedDpEvent(event, int(trials))
     return epsilon(repeated, delta, relation=relation, accountant=accountant)
 
@@ -113,8 +120,32 @@ def _shape(distribution: Distribution | float) -> float:
                 f"{', '.join(_SHAPES)}, or a positive number."
             )
         return _SHAPES[distribution]
-    if not 0 < distribution < math.inf:
+    if not _is_number(distribution) or not 0 < distribution < math.inf:
         raise InputError(
-            f"the shape of a negative binomial distribution must be positive and finite, but it was {distribution:g}."
+            "the shape of a negative binomial distribution must be positive and finite, "
+            f"but it was {_shown(distribution)}."
         )
     return float(distribution)
+
+
+def _check_event(event: object) -> None:
+    if not isinstance(event, dp_accounting.DpEvent):
+        raise InputError(
+            "a trial costs a privacy event, such as plan.event() or guarantee.privacy_event(), but it was of type "
+            f"{type(event).__name__}."
+        )
+
+
+def _kind(event: dp_accounting.DpEvent) -> str:
+    """What an event repeats, if it repeats something."""
+    while isinstance(event, dp_accounting.SelfComposedDpEvent):
+        event = event.event
+    return type(event).__name__
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real)
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, numbers.Real) else repr(value)

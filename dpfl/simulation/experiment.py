@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import pydantic
@@ -17,7 +18,7 @@ from dpfl.config import Config
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Deployment, Gaussian, Mechanism, Plan
 from dpfl.models.named import check_named
-from dpfl.privacy import Privacy
+from dpfl.privacy import Guarantee, Privacy
 from dpfl.randomness import check_seed
 from dpfl.sampling import Sampler
 from dpfl.simulation.server import ServerOptimizer
@@ -81,7 +82,7 @@ class Experiment(Config):
 
     @pydantic.model_validator(mode="after")
     def _check_together(self) -> Experiment:
-        self.mechanism.check(self.privacy, self.sampler, self.data.num_clients)
+        self.mechanism.check(self.privacy, self.sampler, self.data.num_clients, self.deployment)
         return self
 
     def plan(self) -> Plan:
@@ -98,8 +99,16 @@ class Experiment(Config):
             dimension=self._dimension() if self.mechanism.needs_dimension else None,
             deployment=self.deployment,
         )
-        assumptions = plan.guarantee.assumptions + (self.data.assumptions if plan.is_private else ())
-        return dataclasses.replace(plan, guarantee=dataclasses.replace(plan.guarantee, assumptions=assumptions))
+        return dataclasses.replace(
+            plan,
+            guarantee=self._with_assumptions(plan.guarantee),
+            extrapolated=plan.extrapolated and self._with_assumptions(plan.extrapolated),
+        )
+
+    def _with_assumptions(self, guarantee: Guarantee) -> Guarantee:
+        """Adds what the data's preparation assumed, where there is a guarantee at all."""
+        more = self.data.assumptions if math.isfinite(guarantee.epsilon) else ()
+        return dataclasses.replace(guarantee, assumptions=guarantee.assumptions + more)
 
     def _dimension(self) -> int:
         """The number of trainable weights, for which a named model has to be built."""

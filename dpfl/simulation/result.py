@@ -23,6 +23,7 @@ class Result:
         record: one row of `runs.csv`: settings, guarantee and measurements as plain values.
         history: one dict a round: evaluations where they were made, and the engine's measurements.
         guarantee: what holds for the released weights.
+        extrapolated: what would hold in the experiment's deployment; None where it has none.
         weights: the model's trainable weights after the last round; may be released under the guarantee.
         functional_model: the model that the weights belong to.
     """
@@ -30,6 +31,7 @@ class Result:
     record: dict[str, Any]
     history: list[dict[str, Any]]
     guarantee: Guarantee
+    extrapolated: Guarantee | None
     weights: list[np.ndarray]
     functional_model: FunctionalModel
 

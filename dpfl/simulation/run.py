@@ -53,7 +53,8 @@ def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], 
         for index, number in enumerate(numbers):
             values = {name: float(measured[name][index]) for name in Measurements._fields}
             ledger.advance()
-            spent = {"epsilon_spent": ledger.epsilon if plan.is_private else None}
+            # The last rounds' bounds, on a coarser grid, may lie above what all rounds together cost.
+            spent = {"epsilon_spent": min(ledger.epsilon, plan.guarantee.epsilon) if plan.is_private else None}
             history.append({"round": number + 1, "cohort": len(cohorts[index]), **spent, **values})
         history[-1].update(evaluation)
         advance(len(numbers))
@@ -74,7 +75,7 @@ def run(experiment: Experiment, plan: Plan, seed: int, advance: Callable[[int], 
         "dpfl_version": dpfl.__version__,
     }
     weights = [weight.numpy() for weight in state.weights]
-    return Result(record, history, plan.guarantee, weights, model)
+    return Result(record, history, plan.guarantee, plan.extrapolated, weights, model)
 
 
 def _engine(experiment: Experiment, plan: Plan) -> tuple[FunctionalModel, Engine]:

@@ -41,10 +41,16 @@ class Store:
         """A lock that one study holds while it runs; the system frees it when the process dies."""
         return filelock.FileLock(self.folder / ".lock", blocking=False)
 
-    def write(self, record: dict[str, Any], history: Sequence[dict[str, Any]], guarantee: dict[str, Any]) -> None:
+    def write(
+        self,
+        record: dict[str, Any],
+        history: Sequence[dict[str, Any]],
+        guarantee: dict[str, Any],
+        extrapolated: dict[str, Any] | None = None,
+    ) -> None:
         """Keeps a run that has ended."""
         columns = {name: [row.get(name) for row in history] for name in _names(history)}
-        content = {"record": record, "guarantee": guarantee, "history": columns}
+        content = {"record": record, "guarantee": guarantee, "extrapolated": extrapolated, "history": columns}
         with written_whole(self._path(record["run_id"])) as path:
             path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False))
 

@@ -35,8 +35,8 @@ def grid(base: Experiment, axes: Axes) -> list[Experiment]:
         InputError: a setting does not exist or a value is wrong.
     """
     for name, axis in axes.items():
-        if isinstance(axis, str):
-            raise InputError(f"the axis {name} must be a list of values, but it was the text {axis!r}.")
+        if isinstance(axis, str) or not isinstance(axis, Sequence) or not axis:
+            raise InputError(f"the axis {name} must be a list of values, at least one, but it was {axis!r}.")
         if isinstance(name, tuple) and any(not isinstance(v, tuple) or len(v) != len(name) for v in axis):
             raise InputError(f"the axis {name} must be a list of tuples with {len(name)} values each.")
     names = [name if isinstance(name, tuple) else (name,) for name in axes]

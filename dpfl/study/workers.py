@@ -135,4 +135,5 @@ def _run_task(slot: int, task: Task) -> None:
         _worker.rounds[slot] += rounds
 
     result = run(experiment, plan, task.seed, advance)
-    _worker.store.write(result.record, result.history, result.guarantee.as_dict())
+    extrapolated = None if result.extrapolated is None else result.extrapolated.as_dict()
+    _worker.store.write(result.record, result.history, result.guarantee.as_dict(), extrapolated)

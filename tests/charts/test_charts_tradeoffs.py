@@ -166,7 +166,7 @@ def test_the_caption_states_the_guarantee_and_the_setting(runs, chart):
     for part in (
         "user-level (ε, δ)-differential privacy, δ = 1e-3",
         "neighbours differ by adding or removing one user",
-        "Poisson sampling; PLD accountant.",
+        "Gaussian mechanism; Poisson sampling; PLD accountant.",
         "Dataset digits, model softmax, 300 clients, 90 expected per round.",
         "means over 3 seeds; bands and bars: 95% Student-t intervals",
         "that choice is not charged to ε.",

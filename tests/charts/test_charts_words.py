@@ -30,11 +30,11 @@ def test_lists():
     ],
 )
 def test_the_guarantee_is_stated_whole(relation, phrase):
-    run = {"unit": "example", "relation": relation, "sampler": "poisson", "accountant": "rdp"}
+    run = {"unit": "example", "relation": relation, "sampler": "poisson", "accountant": "rdp", "mechanism": "gaussian"}
     sentence = words.guarantee(pd.DataFrame([run]), [1e-5])
     assert sentence == (
         f"Guarantee: example-level (ε, δ)-differential privacy, δ = 1e-5; neighbours differ {phrase}; "
-        "Poisson sampling; RDP accountant."
+        "Gaussian mechanism; Poisson sampling; RDP accountant."
     )
 
 

@@ -55,7 +55,14 @@ def test_epsilon_states_the_guarantee(dpfl: Callable) -> None:
     code, out, _ = dpfl(*arguments)
     statement = " ".join(out.split())
     assert code == 0
-    for words in ("(1.709, 1e-05)", "user level", "is added or removed", "noise multiplier 1.2", "100 rounds", "PLD"):
+    for words in (
+        "(1.709, 1e-05)",
+        "user level",
+        "is added to the training data or removed from it",
+        "noise multiplier 1.2",
+        "100 rounds",
+        "PLD",
+    ):
         assert words in statement
     code, out, _ = dpfl(*arguments, "--json", "--relation", "replace_one", "--unit", "example")
     values = json.loads(out)

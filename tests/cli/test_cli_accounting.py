@@ -78,6 +78,24 @@ def test_cohort_is_the_last_that_stays_within_epsilon(dpfl: Callable) -> None:
     assert json.loads(out)["epsilon"] > 1.71 >= found["epsilon"]
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "more"),
+    [
+        ("adaptive_clipping", "--sampler poisson --set mechanism.count_noise=0.5"),
+        ("gaussian", "--sampler cyclic_poisson --set sampler.groups=5"),
+    ],
+)
+def test_cohorts_of_other_mechanisms_and_samplers(mechanism: str, more: str, dpfl: Callable) -> None:
+    code, out, _ = dpfl(
+        f"cohort --epsilon 4 --noise-multiplier 3 --steps 60 --delta 1e-3 --clients 300 --mechanism {mechanism} {more} "
+        "--json"
+    )
+    found = json.loads(out)
+    assert code == 0
+    assert found["epsilon"] <= 4
+    assert 10 < found["cohort"] == found["expected_cohort"] <= 300
+
+
 def test_both_accountants_on_request(dpfl: Callable) -> None:
     code, out, _ = dpfl(
         "epsilon --noise-multiplier 1.2 --sampling-rate 0.0355 --steps 100 --delta 1e-5 --both-accountants"
@@ -94,7 +112,16 @@ def test_a_record_is_verified_from_its_event_alone(dpfl: Callable, tmp_path: Pat
     record.write_text(json.dumps({"record": {}, "guarantee": guarantee, "history": {}}))
     code, out, _ = dpfl(f"verify {record}")
     assert code == 0
-    assert "confirmed: computed anew, the event of this record costs epsilon 1.99" in out
+    assert "confirmed: computed anew, this event costs epsilon 1.99" in out
+
+    row = {"epsilon_spent": 0.1}
+    record.write_text(json.dumps({"record": row, "guarantee": guarantee, "history": {}}))
+    code, _, err = dpfl(f"verify {record}")
+    assert (code, "says that epsilon 0.1 was spent" in err) == (2, True)
+
+    record.write_text(json.dumps({"record": {}, "guarantee": guarantee, "extrapolated": {**guarantee, "epsilon": 1.5}}))
+    code, _, err = dpfl(f"verify {record}")
+    assert (code, "states epsilon 1.5, but" in err) == (2, True)
 
     guarantee["epsilon"] = 1.5
     record.write_text(json.dumps(guarantee))
@@ -109,8 +136,27 @@ def test_a_record_is_verified_from_its_event_alone(dpfl: Callable, tmp_path: Pat
         ("epsilon --noise-multiplier 1 --steps 10 --delta 1e-5", "tell either --clients"),
         ("epsilon --noise-multiplier 1 --steps 10 --delta 1e-5 --clients 9 --sampling-rate 0.1", "stands for Poisson"),
         ("epsilon --noise-multiplier 1 --steps 10 --delta 1e-5 --clients 9 --cohort 10", "exceeds the 9 clients"),
-        ("epsilon --noise-multiplier 1 --steps 10 --delta 1e-5 --clients 9", "Poisson lacks 'cohort'"),
-        ("epsilon --noise-multiplier 1 --steps 0 --delta 1e-5 --clients 9 --cohort 3", "at least 1"),
+        (
+            "epsilon --noise-multiplier 1 --steps 10 --delta 1e-5 --clients 9",
+            "the sampler poisson needs its cohort: give --cohort",
+        ),
+        (
+            "epsilon --noise-multiplier 1 --steps 10 --delta 1e-5 --clients 9 --cohort 3 --sampler everyone",
+            "leave --cohort",
+        ),
+        (
+            "noise --epsilon 1 --steps 9 --delta 1e-5 --clients 9 --cohort 3 --sampler cyclic_poisson",
+            "give --set sampler.groups=...",
+        ),
+        ("noise --epsilon 1 --steps 9 --delta 1e-5 --clients 9 --set sampler.cohort=3", "is --cohort: give that"),
+        ("rounds --epsilon 1 --noise-multiplier 0 --delta 1e-5 --clients 9 --cohort 3", "without noise"),
+        ("cohort --epsilon 1 --noise-multiplier 0 --steps 3 --delta 1e-5 --clients 9", "without noise"),
+        (
+            "noise --epsilon 1 --steps 9 --delta 1e-5 --clients 9 --cohort 3 --unit example --relation replace_one "
+            "--mechanism local_gaussian",
+            "choose --unit user",
+        ),
+        ("epsilon --noise-multiplier 1 --steps 0 --delta 1e-5 --clients 9 --cohort 3", "number of rounds from 1"),
         ("epsilon --noise-multiplier -1 --steps 9 --delta 1e-5 --clients 9 --cohort 3", "at least 0.01"),
         ("epsilon --noise-multiplier 1 --steps 9 --delta 0 --clients 9 --cohort 3", "delta must lie between"),
         ("noise --epsilon 1 --steps 9 --delta 1e-5 --clients 9 --cohort 3 --mechanism gauss", "there is no mechanism"),

@@ -28,6 +28,7 @@ from dpfl.mechanisms.distributed_queries import (
     random_signs,
     skellam_cdf,
 )
+from dpfl.mechanisms.queries import round_seed
 from dpfl.privacy import Privacy
 from dpfl.privacy.events import DiscreteGaussianSumDpEvent, SkellamDpEvent, with_noise
 from dpfl.sampling import BallsInBins, Cyclic, Everyone, FixedSize, Poisson
@@ -121,7 +122,7 @@ class TestRotation:
 
 def _rotation_seed(query: Any) -> np.ndarray:
     state = query.initial_global_state().numerator_state
-    return tf.random.experimental.stateless_fold_in(state.rotation_seed, state.round).numpy()
+    return round_seed(state.rotation_seed, state.round).numpy()
 
 
 class TestRounding:

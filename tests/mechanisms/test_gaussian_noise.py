@@ -13,7 +13,7 @@ from guarantee_checks import (
 )
 from scipy import stats
 
-from dpfl.mechanisms import Gaussian, NoMechanism
+from dpfl.mechanisms import Gaussian, NoMechanism, queries
 from dpfl.privacy import Privacy
 from dpfl.randomness import Purpose, stateless_seed
 from dpfl.sampling import Poisson
@@ -62,6 +62,24 @@ class TestIndependence:
     def test_seeds_differ(self, plan):
         released = [tuple(noise(plan, seed, 1, [(5,)])[0][0]) for seed in (0, 1, 2, 2**31, 2**32, 2**32 + 1, 2**64 - 1)]
         assert len(set(released)) == len(released)
+
+    def test_the_rarest_draws_are_beyond_eight_standard_deviations(self, monkeypatch):
+        # What limits the noise is the largest uniform. tf.random.stateless_normal ends at 5.68, and 1e-8 of all draws
+        # lie further out: too few to wait for.
+        def largest(shape, seed, dtype):
+            return tf.constant(np.broadcast_to([[1 - 2.0**-52], [0.0]], (2, 3)), dtype)
+
+        monkeypatch.setattr(tf.random, "stateless_uniform", largest)
+        draws = queries._normal(tf.constant([5]), tf.constant([1, 2]))
+        assert draws.shape == (5,)
+        np.testing.assert_allclose(draws, [8.49, 8.49, 8.49, 0, 0], atol=0.01)
+
+    def test_seeds_differ_beyond_32_bits(self, plan):
+        # With `stateless_fold_in`, whose seeds have 32 bits, these two share the noise of all rounds.
+        first, second = (
+            np.stack([tensors[0] for tensors in noise(plan, seed, 3, [(5,)])]) for seed in (148918, 159761)
+        )
+        assert not np.any(first == second)
 
     def test_far_rounds_differ(self, plan):
         query = plan.query(0)

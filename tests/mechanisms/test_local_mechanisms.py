@@ -277,6 +277,15 @@ class TestEvents:
         assert "needs no trusted server" in statement
         assert "assumes a server that is trusted" not in statement
 
+    @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.name)
+    @BOTH
+    def test_assumes_what_the_sampler_assumes_but_secret_cohorts(self, mechanism, sampler):
+        assumed = mechanism(clip_norm=1).assumptions(sampler)
+        assert not any("stays secret" in sentence for sentence in assumed)
+        assert any("group a client belongs to was fixed beforehand" in sentence for sentence in assumed) == isinstance(
+            sampler, Cyclic | CyclicPoisson
+        )
+
     @BOTH
     def test_refuses_to_hide_that_a_client_exists(self, mechanism):
         with pytest.raises(InputError) as refused:

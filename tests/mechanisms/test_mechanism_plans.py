@@ -147,7 +147,7 @@ class TestGaussian:
 
     @pytest.mark.parametrize("rounds", [0, -1])
     def test_no_rounds_are_refused(self, rounds):
-        message = f"at least 1 round must be planned, but it was {rounds}."
+        message = f"a whole number of rounds from 1 to 1,000,000,000 must be planned, but it was {rounds}."
         assert refusal(planned, rounds=rounds) == message
         assert refusal(planned, Privacy(epsilon=None), rounds=rounds) == message
 
@@ -279,7 +279,9 @@ class TestFixedNoise:
 
     @pytest.mark.parametrize("noise", [0, 0.009, -1, math.nan, math.inf])
     def test_impossible_noise_is_refused(self, noise):
-        assert refusal(self.plan, noise).startswith("the noise multiplier must be finite and at least 0.01, but it was")
+        assert refusal(self.plan, noise).startswith(
+            "the noise multiplier must be at least 0.01 and at most 1e+09, but it was"
+        )
 
 
 class TestDeployment:
@@ -324,13 +326,19 @@ class TestDeployment:
 
     def test_so_little_noise_that_nobody_is_protected_is_stated_all_the_same(self):
         plan = self.plan(Deployment(clients=10_000_000, cohort=100_000), delta=1e-8)
-        assert plan.noise_multiplier >= 0.01
+        larger = Poisson(cohort=100_000)
+        deployed = Gaussian(clip_norm=0.7).plan(plan.target, larger, 10_000_000, plan.rounds)
+        assert plan.noise_multiplier == pytest.approx(deployed.noise_multiplier * 20 / 100_000)
         assert plan.extrapolated.epsilon <= 2
         assert plan.guarantee.epsilon > 100
 
-    def test_a_smaller_deployment_puts_more_noise(self):
-        plan = self.plan(Deployment(clients=60, cohort=10), delta=1e-3)
-        assert plan.guarantee.epsilon < plan.extrapolated.epsilon <= 2
+    def test_a_smaller_deployment_is_refused(self):
+        message = refusal(self.plan, Deployment(clients=60, cohort=10), delta=1e-3)
+        assert message == "the deployment's expected cohort must be at least the simulated one, 20, but it was 10."
+
+    def test_the_accountant_is_the_targets_unless_there_is_too_little_noise_for_it(self):
+        much, little = self.plan(Deployment(clients=600, cohort=40), delta=1e-4), self.plan(delta=1e-8)
+        assert (much.guarantee.accountant, little.guarantee.accountant) == ("pld", "rdp")
 
     def test_of_the_same_size_changes_nothing(self):
         plan, plain = self.plan(Deployment(clients=60, cohort=20), delta=1e-3), self.plan(None, delta=1e-3)

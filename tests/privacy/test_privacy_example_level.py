@@ -105,8 +105,8 @@ class TestSummaries:
     @pytest.mark.parametrize(
         ("relation", "words"),
         [
-            ("add_or_remove_one", "one training example is added or removed"),
-            ("replace_one", "one training example is replaced by any other"),
+            ("add_or_remove_one", "one training example is added to the data of a client or removed from it"),
+            ("replace_one", "one training example in the data of a client is replaced by any other data"),
         ],
     )
     def test_statement(self, relation, words):

@@ -94,10 +94,8 @@ class TestStatement:
     def test_names_unit_and_relation_in_words(self, unit, relation):
         text = guarantee(unit=unit, relation=relation).statement()
         assert f"at {unit} level" in text
-        assert (
-            f"when {UNIT_IN_WORDS[unit]} {RELATION_IN_WORDS[relation]} in the training data (relation {relation})"
-            in text
-        )
+        change = RELATION_IN_WORDS[relation].format(data="the training data")
+        assert f"when {UNIT_IN_WORDS[unit]} {change} (relation {relation})" in text
 
     def test_relations_are_told_apart(self):
         assert len(set(RELATION_IN_WORDS.values())) == len(RELATION_IN_WORDS) == 3

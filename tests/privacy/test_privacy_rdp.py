@@ -123,6 +123,21 @@ class TestPoissonSampled:
         if relation == "add_or_remove_one":  # The library is above it: its series at fractional orders has no signs.
             assert found[0] <= RdpAccountant([order]).compose(event).rdp[0] * (1 + 1e-8)
 
+    @pytest.mark.parametrize(("rate", "noise", "order"), [(0.999, 10.0, 256.0), (1 - 1e-6, 3.0, 64.0)])
+    def test_high_orders_where_nearly_everybody_is_replaced(self, rate, noise, order):
+        # The peak of the integrand lies at nearly 2 order - 1, as it does for N(1, z^2) from N(-1, z^2).
+        points = np.arange(-20 * noise, 2 * order + 20 * noise, noise / 50)
+
+        def log_density(shift):
+            units = (-((points - shift) ** 2) / (2 * noise**2), -(points**2) / (2 * noise**2))
+            return np.logaddexp(math.log(rate) + units[0], math.log1p(-rate) + units[1])
+
+        log_integral = special.logsumexp(order * log_density(1) + (1 - order) * log_density(-1))
+        exact = (log_integral - math.log(50 * math.sqrt(2 * math.pi))) / (order - 1)
+        event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
+        found = renyi_divergences(event, np.array([order]), "replace_one")
+        assert found[0] == pytest.approx(exact, rel=1e-9)
+
     @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
     def test_tiny_rates_do_not_vanish_in_rounding(self, relation):
         # To first order in the rate: order q^2 chi^2 / 2, where replacing counts both units and their difference.
@@ -291,7 +306,7 @@ class TestSkellam:
 
 
 class TestDiscreteGaussianSum:
-    @pytest.mark.parametrize(("share", "summands"), [(0.3, 10), (0.4, 2), (0.5, 3), (0.6, 5), (1.5, 4)])
+    @pytest.mark.parametrize(("share", "summands"), [(0.1, 2), (0.3, 10), (0.5, 3), (0.6, 5), (1.5, 4)])
     @pytest.mark.parametrize("shift", [1, 2])
     @pytest.mark.parametrize("order", [1.1, 2.0, 6.0])
     def test_never_below_the_exact_divergence_in_one_dimension(self, share, summands, shift, order):
@@ -323,6 +338,17 @@ class TestDiscreteGaussianSum:
         event = DiscreteGaussianSumDpEvent(2.0, 1, 10**6, 3.0)
         found = renyi_divergences(event, SOME_ORDERS, "replace_special")
         np.testing.assert_allclose(found, SOME_ORDERS * 9 / 8)
+
+    @pytest.mark.parametrize(("share", "summands"), [(0.1, 2), (0.1, 5), (0.49, 3)])
+    def test_shares_below_a_half_are_beyond_the_proposition(self, share, summands):
+        # At 0.1 and orders near 1 its formula would be too small by a third: 34.3 where 49.3 is true of two shares.
+        event = DiscreteGaussianSumDpEvent(share * math.sqrt(summands), summands, 1, 1.0)
+        assert rdp_epsilon(event, 1e-5, "replace_special") == math.inf
+
+    @pytest.mark.parametrize("summands", [2, 3, 7, 10, 1000])
+    def test_shares_of_just_a_half_are_within_it(self, summands):
+        event = DiscreteGaussianSumDpEvent(0.5 * math.sqrt(summands), summands, 1, 1.0)
+        assert rdp_epsilon(event, 1e-5, "replace_special") < math.inf
 
     def test_replacing_doubles_the_sensitivity(self):
         np.testing.assert_array_equal(
