@@ -72,10 +72,11 @@ def _extrapolation(private: pd.DataFrame) -> str:
     run = private.iloc[0]
     if pd.isna(run.get("deployment_clients")):
         return ""
+    spent = private["epsilon_spent"]
+    simulated = "no guarantee" if spent.isna().any() else f"up to ε = {number(spent.max())}"
     return (
         f" ε is extrapolated: it holds for {number(run['deployment_clients'])} clients, "
-        f"{number(run['deployment_cohort'])} per round; the simulated clients have up to "
-        f"ε = {number(private['epsilon_spent'].max())}."
+        f"{number(run['deployment_cohort'])} per round; the simulated clients have {simulated}."
     )
 
 

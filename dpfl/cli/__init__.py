@@ -248,14 +248,14 @@ def _print_best(frame: pd.DataFrame, prices: dict[float, float]) -> None:
         "releasing just the best of a random number of random settings, on average as many as the grid has",
     )
     if frame["deployment_clients"].notna().any():
+        spent = frame.loc[frame["epsilon"].notna(), "epsilon_spent"]
         print(
             f"Extrapolated: epsilon holds for {first['deployment_clients']:,.0f} clients with "
-            f"{first['deployment_cohort']:,.0f} in a round; the {first['clients']:,} simulated ones have epsilon up to "
-            f"{frame['epsilon_spent'].max():,.4g}."
+            f"{first['deployment_cohort']:,.0f} in a round; the {first['clients']:,} simulated ones have "
+            + ("no guarantee." if spent.isna().any() else f"epsilon up to {spent.max():,.4g}.")
         )
-    widths = {"epsilon": 15, "test accuracy": 13}
-    for heading in ("epsilon", "with choice", "noise multiplier", "clip norm", "rounds", "test accuracy"):
-        table.add_column(heading, justify="right", min_width=widths.get(heading))
+    for heading in ("epsilon", "with\nchoice", "noise\nmultiplier", "clip\nnorm", "rounds", "test\naccuracy"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in charts.best_settings(frame).to_dict("records"):
         no_noise = "plain averaging" if row["mechanism"] == "none" else "no noise"
         table.add_row(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import numbers
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import dp_accounting
@@ -190,7 +191,11 @@ class BaseMechanism(Config):
         deployed = self._planned(target, larger, deployment.clients, rounds, dimension)
         share = sampler.expected_cohort(population) / deployed.expected_cohort
         noise = self.noise_for_cohort(deployed.noise_multiplier, share)
-        simulated = self._with_noise(noise, target, sampler, population, deployed.rounds, dimension)
+        accountant = target.accountant
+        if 0 < noise < _LEAST_NOISE_FOR_PLD:
+            accountant = _rdp_if_known(self.event(noise, sampler, population, deployed.rounds, dimension), target)
+        analysed = target.replace(accountant=accountant)
+        simulated = self._with_noise(noise, analysed, sampler, population, deployed.rounds, dimension)
         extrapolated = dataclasses.replace(
             deployed.guarantee,
             assumptions=(
@@ -240,7 +245,7 @@ class BaseMechanism(Config):
             event = self.event(noise, sampler, population, rounds, dimension)
         guarantee = guarantee_of(
             event,
-            target.replace(accountant=_accountant_for_noise(noise, event, target)),
+            target,
             mechanism=self.in_words(noise),
             sampler=sampler.in_words(population),
             steps=rounds,
@@ -252,15 +257,14 @@ class BaseMechanism(Config):
 
 def check_rounds(rounds: int) -> None:
     """Refuses a plan of no rounds, of a part of one, and of more than anybody will see."""
-    if not isinstance(rounds, int) or not 1 <= rounds <= _MOST_ROUNDS:
+    if not isinstance(rounds, numbers.Integral) or not 1 <= rounds <= _MOST_ROUNDS:
         raise InputError(f"a whole number of rounds from 1 to {_MOST_ROUNDS:,} must be planned, but it was {rounds}.")
 
 
-def _accountant_for_noise(noise: float, event: dp_accounting.DpEvent, target: Privacy) -> Accountant:
-    """RDP where so little noise is left that a privacy loss distribution outgrows the memory, if RDP has an answer."""
-    if 0 < noise < _LEAST_NOISE_FOR_PLD:
-        with contextlib.suppress(InputError):
-            return accounting.accountant_for(event, target.relation, "rdp")
+def _rdp_if_known(event: dp_accounting.DpEvent, target: Privacy) -> Accountant:
+    """RDP, or the target's accountant for events that RDP has no answer for."""
+    with contextlib.suppress(InputError):
+        return accounting.accountant_for(event, target.relation, "rdp")
     return target.accountant
 
 

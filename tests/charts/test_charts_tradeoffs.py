@@ -188,6 +188,7 @@ def test_an_extrapolated_epsilon_is_labelled(runs, chart):
     text = caption(chart(deployed))
     assert "ε is extrapolated: it holds for 1,000,000 clients, 1,000 per round" in text
     assert "the simulated clients have up to ε = 77.7." in text
+    assert "the simulated clients have no guarantee." in caption(chart(deployed.assign(epsilon_spent=NAN)))
     half = deployed.assign(deployment_clients=deployed["deployment_clients"].where(deployed["seed"] == 0))
     with pytest.raises(InputError, match="differ in deployment_clients"):
         chart(half)
