@@ -11,24 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpfl import cli, privacy
-
-
-@pytest.fixture
-def dpfl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: exit code, standard output, standard error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpfl", *map(str, words)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as left:
-            code = left.code
-        captured = capsys.readouterr()
-        return int(str(code or 0)), captured.out, captured.err
-
-    return run
+from dpfl import privacy
 
 
 def test_help_needs_nothing_heavy() -> None:

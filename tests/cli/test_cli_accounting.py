@@ -2,31 +2,10 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from dpfl import cli
-
-
-@pytest.fixture
-def dpfl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: exit code, standard output, standard error."""
-
-    def run(words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpfl", *words.split()])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as left:
-            code = left.code
-        captured = capsys.readouterr()
-        return int(str(code or 0)), captured.out, captured.err
-
-    return run
-
 
 MECHANISMS = [
     ("gaussian", "poisson", "--cohort 90"),
