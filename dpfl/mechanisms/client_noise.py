@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from dpfl.mechanisms.queries import SumQuery, round_seed
+from dpfl.mechanisms.queries import SumQuery
+from dpfl.noise import round_seed
 
 _LOWEST, _HIGHEST = tf.int32.limits
 

@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from dpfl.errors import InputError
-from dpfl.mechanisms.queries import SumQuery, clip_to_norm, global_norm, normal_like, round_seed
+from dpfl.mechanisms.queries import SumQuery, clip_to_norm, global_norm
+from dpfl.noise import normal_like, round_seed
 from dpfl.randomness import Purpose, stateless_seed
 
 

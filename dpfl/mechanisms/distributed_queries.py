@@ -23,7 +23,8 @@ from scipy import linalg
 
 from dpfl.errors import InputError
 from dpfl.mechanisms.client_noise import ClientNoiseQuery, with_seed_of_its_own
-from dpfl.mechanisms.queries import clip_to_norm, global_norm, round_seed
+from dpfl.mechanisms.queries import clip_to_norm, global_norm
+from dpfl.noise import round_seed
 from dpfl.randomness import Purpose, stateless_seed
 
 GlobalState = collections.namedtuple(

@@ -9,7 +9,8 @@ import dp_accounting
 import tensorflow as tf
 
 from dpfl.mechanisms.client_noise import ClientNoiseQuery, with_seed_of_its_own
-from dpfl.mechanisms.queries import clip_to_norm, global_norm, normal_like, round_seed
+from dpfl.mechanisms.queries import clip_to_norm, global_norm
+from dpfl.noise import normal_like, round_seed
 from dpfl.randomness import Purpose, stateless_seed
 
 GlobalState = collections.namedtuple("GlobalState", ["clip_norm", "scale", "seed", "round"])

@@ -7,7 +7,6 @@ round) is a tensor in its global state, so one traced graph serves them all.
 from __future__ import annotations
 
 import collections
-import math
 from typing import Any
 
 import dp_accounting
@@ -15,6 +14,7 @@ import tensorflow as tf
 from tensorflow_privacy import NormalizedQuery
 from tensorflow_privacy.privacy.dp_query.dp_query import SumAggregationDPQuery
 
+from dpfl.noise import normal_like, round_seed
 from dpfl.randomness import Purpose, stateless_seed
 
 
@@ -40,46 +40,6 @@ def clip_to_norm(record: Any, norm: tf.Tensor, clip_norm: tf.Tensor) -> Any:
     scale = tf.where(tf.math.is_finite(norm), scale, 0.0)
     # Zero times NaN is zero here, and cheaper than choosing between two tensors.
     return tf.nest.map_structure(lambda part: tf.math.multiply_no_nan(part, scale), record)
-
-
-def normal_like(structure: Any, seed: tf.Tensor) -> Any:
-    """Independent standard normal float32 tensors in the shapes of a structure.
-
-    Args:
-        structure: tensors.
-        seed: int32, shape (2,); the draws are a function of it.
-    """
-    parts = tf.nest.flatten(structure)
-    seeds = tf.random.experimental.stateless_split(seed, len(parts))
-    draws = [_normal(tf.shape(part), seeds[index]) for index, part in enumerate(parts)]
-    return tf.nest.pack_sequence_as(structure, draws)
-
-
-def _normal(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Box and Muller's transform of uniforms of 52 bits: no draw is beyond 8.5 standard deviations (2e-17).
-
-    `tf.random.stateless_normal` makes none beyond 5.68, so that whoever sees a value further out knows that the sum was
-    another one: a loss without bound, with a probability of 1e-4 where epsilon is 10 and one round is made.
-    """
-    count = tf.reduce_prod(shape)
-    uniforms = tf.random.stateless_uniform([2, (count + 1) // 2], seed, dtype=tf.float64)
-    radii, angles = tf.sqrt(-2 * tf.math.log1p(-uniforms[0])), 2 * math.pi * uniforms[1]
-    draws = tf.concat([radii * tf.cos(angles), radii * tf.sin(angles)], axis=0)[:count]
-    return tf.cast(tf.reshape(draws, shape), tf.float32)
-
-
-def round_seed(seed: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-    """The seed of a round, a client, or whatever else a number stands for: int32, shape (2,).
-
-    All of its 64 bits depend on all of the seed. `stateless_fold_in` keeps 32 of them: of 100,000 runs some two would
-    share all their noise, and whoever has a model could try all 2 ** 32 noises.
-
-    Args:
-        seed: int32, shape (2,). Not one that is split as well, of which round 0 would be the first part.
-        number: int32 scalar.
-    """
-    mixed = tf.bitwise.bitwise_xor(seed, tf.stack([0, tf.cast(number, tf.int32)]))
-    return tf.random.stateless_uniform([2], mixed, minval=None, maxval=None, dtype=tf.int32)
 
 
 class SumQuery(SumAggregationDPQuery):

@@ -15,8 +15,8 @@ from query_checks import check_covariance, check_resumes, check_runs_in_graph, c
 from dpfl.errors import InputError
 from dpfl.mechanisms import Gaussian
 from dpfl.mechanisms.banded_matrix import BandedMatrix
-from dpfl.mechanisms.queries import normal_like, round_seed
 from dpfl.mechanisms.strategies import as_matrix, banded_strategy
+from dpfl.noise import normal_like, round_seed
 from dpfl.randomness import Purpose, stateless_seed
 from dpfl.sampling import BallsInBins, Cyclic, CyclicPoisson, Everyone, FixedSize, Poisson
 

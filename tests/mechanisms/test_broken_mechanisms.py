@@ -50,8 +50,9 @@ from dpfl.mechanisms.distributed import DistributedDiscreteGaussian, Distributed
 from dpfl.mechanisms.distributed_queries import DistributedSumQuery
 from dpfl.mechanisms.local import LocalGaussian
 from dpfl.mechanisms.local_queries import LocalGaussianSumQuery
-from dpfl.mechanisms.queries import GaussianSumQuery, MeanQuery, normal_like, round_seed
+from dpfl.mechanisms.queries import GaussianSumQuery, MeanQuery
 from dpfl.mechanisms.tree_aggregation import TreeAggregation
+from dpfl.noise import normal_like, round_seed
 from dpfl.privacy import Privacy, epsilon, poisson_gaussian
 from dpfl.privacy.events import as_dict
 from dpfl.randomness import Purpose, generator

@@ -28,7 +28,7 @@ from dpfl.mechanisms.distributed_queries import (
     random_signs,
     skellam_cdf,
 )
-from dpfl.mechanisms.queries import round_seed
+from dpfl.noise import round_seed
 from dpfl.privacy import Privacy
 from dpfl.privacy.events import DiscreteGaussianSumDpEvent, SkellamDpEvent, with_noise
 from dpfl.sampling import BallsInBins, Cyclic, Everyone, FixedSize, Poisson

@@ -13,7 +13,8 @@ from guarantee_checks import (
 )
 from scipy import stats
 
-from dpfl.mechanisms import Gaussian, NoMechanism, queries
+import dpfl.noise
+from dpfl.mechanisms import Gaussian, NoMechanism
 from dpfl.privacy import Privacy
 from dpfl.randomness import Purpose, stateless_seed
 from dpfl.sampling import Poisson
@@ -63,16 +64,19 @@ class TestIndependence:
         released = [tuple(noise(plan, seed, 1, [(5,)])[0][0]) for seed in (0, 1, 2, 2**31, 2**32, 2**32 + 1, 2**64 - 1)]
         assert len(set(released)) == len(released)
 
-    def test_the_rarest_draws_are_beyond_eight_standard_deviations(self, monkeypatch):
-        # What limits the noise is the largest uniform. tf.random.stateless_normal ends at 5.68, and 1e-8 of all draws
-        # lie further out: too few to wait for.
-        def largest(shape, seed, dtype):
-            return tf.constant(np.broadcast_to([[1 - 2.0**-52], [0.0]], (2, 3)), dtype)
+    def test_the_rarest_draws_are_beyond_nine_standard_deviations(self, monkeypatch):
+        # What limits the noise is the smallest uniform. tf.random.stateless_normal ends at 5.68, and 1e-8 of all draws
+        # lie further out: too few to wait for. A uniform of zero bits, one of 2^-32, and the largest.
+        def chosen(shape, seed, minval, maxval, dtype):
+            return tf.constant([[0, 1, 2**32 - 1], [0, 0, 2**32 - 1], [0, 0, 0]], dtype)
 
-        monkeypatch.setattr(tf.random, "stateless_uniform", largest)
-        draws = queries._normal(tf.constant([5]), tf.constant([1, 2]))
+        monkeypatch.setattr(tf.random, "stateless_uniform", chosen)
+        draws = dpfl.noise._normal(tf.constant(5), tf.constant([1, 2]))
         assert draws.shape == (5,)
-        np.testing.assert_allclose(draws, [8.49, 8.49, 8.49, 0, 0], atol=0.01)
+        np.testing.assert_allclose(draws[:2], [9.4925, 6.6604], atol=1e-3)
+        # Next to the centre there is no hole either: the largest uniform is not rounded to 1.
+        np.testing.assert_allclose(draws[2], np.sqrt(2 * 2.0**-65), rtol=1e-3)
+        np.testing.assert_allclose(draws[3:], 0, atol=1e-6)
 
     def test_seeds_differ_beyond_32_bits(self, plan):
         # With `stateless_fold_in`, whose seeds have 32 bits, these two share the noise of all rounds.

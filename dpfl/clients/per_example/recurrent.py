@@ -1,0 +1,152 @@
+"""Rules of recurrent layers.
+
+A cell is two dense products at every step, of the inputs and of the state before, so its weights' gradients are
+products over steps (`contributions.Product`). To see them, the rules run the recurrence themselves, as Keras defines
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from dpfl.clients.per_example.contributions import Direct, Product
+from dpfl.clients.per_example.rules import Noted, Pairs, Rule
+
+if TYPE_CHECKING:
+    from dpfl.clients.per_example.capture import Capture
+
+Step = Callable[[tf.Tensor, tf.Tensor, list[tf.Tensor]], list[tf.Tensor]]
+
+
+def _recurrent(
+    layer: Any,
+    capture: Capture,
+    inputs: tf.Tensor,
+    mask: tf.Tensor | None,
+    states: int,
+    step: Step,
+    input_bias: Any,
+    recurrent_bias: Any,
+) -> Noted:
+    """Runs a cell over the steps and notes its two products.
+
+    Args:
+        layer: the recurrent layer.
+        capture: notes.
+        inputs: (batch, steps, width).
+        mask: which steps count, (batch, steps), or None.
+        states: how many state tensors the cell has, the output first.
+        step: from the input's products, the state's products, and the states to the new states.
+        input_bias: added to the input's products, or None.
+        recurrent_bias: added to the state's products, or None.
+    """
+    cell = layer.cell
+    inputs = tf.cast(inputs, tf.float32)
+    if layer.go_backwards:
+        inputs = tf.reverse(inputs, axis=[1])
+        mask = None if mask is None else tf.reverse(mask, axis=[1])
+    batch, steps = tf.shape(inputs)[0], tf.shape(inputs)[1]
+    products = tf.tensordot(inputs, cell.kernel, 1)
+    if input_bias is not None:
+        products += input_bias
+    products = capture.watch(products)
+    # Adding a zero that is watched gives the gradients of the state's products at every step.
+    added = capture.watch(tf.zeros_like(products))
+    by_step, added_by_step = (tf.transpose(part, [1, 0, 2]) for part in (products, added))
+    mask_by_step = None if mask is None else tf.transpose(mask)[:, :, None]
+    units = int(cell.units)
+
+    def body(index: tf.Tensor, state: list[tf.Tensor], kept: tf.TensorArray) -> Any:
+        recurrent = tf.matmul(state[0], cell.recurrent_kernel) + added_by_step[index]
+        if recurrent_bias is not None:
+            recurrent += recurrent_bias
+        new = step(by_step[index], recurrent, state)
+        if mask_by_step is not None:
+            new = [tf.where(mask_by_step[index], after, before) for after, before in zip(new, state, strict=True)]
+        return index + 1, new, kept.write(index, new[0])
+
+    nothing = [tf.zeros([batch, units]) for _ in range(states)]
+    kept = tf.TensorArray(tf.float32, steps, element_shape=[inputs.shape[0], units])
+    _, last, kept = tf.while_loop(
+        lambda index, *_: index < steps, body, (tf.constant(0), nothing, kept), maximum_iterations=steps
+    )
+    sequence = tf.transpose(kept.stack(), [1, 0, 2])
+    sequence.set_shape([inputs.shape[0], inputs.shape[1], units])
+    outputs = sequence if layer.return_sequences else last[0]
+    before = tf.pad(sequence, [[0, 0], [1, 0], [0, 0]])[:, :-1]
+    before.set_shape(sequence.shape)
+
+    def contributions(of_products: tf.Tensor, of_added: tf.Tensor) -> Pairs:
+        of_products.set_shape(products.shape)
+        of_added.set_shape(products.shape)
+        of_products, of_added = capture.rows(of_products), capture.rows(of_added)
+        found: Pairs = [
+            (cell.kernel, Product(capture.rows(inputs), of_products, cell.kernel.shape)),
+            (cell.recurrent_kernel, Product(capture.rows(before), of_added, cell.recurrent_kernel.shape)),
+        ]
+        if cell.use_bias:
+            summed = tf.reduce_sum(of_products, axis=1)
+            if recurrent_bias is not None:
+                summed = tf.stack([summed, tf.reduce_sum(of_added, axis=1)], axis=1)
+            found.append((cell.bias, Direct(summed)))
+        return found
+
+    return Noted([outputs, *last] if layer.return_state else outputs, [products, added], contributions)
+
+
+def _lstm(
+    layer: Any, call: Any, capture: Capture, inputs: tf.Tensor, mask: Any = None, training: Any = None, **_: Any
+) -> Noted:
+    cell = layer.cell
+
+    def step(products: tf.Tensor, recurrent: tf.Tensor, state: list[tf.Tensor]) -> list[tf.Tensor]:
+        entering, forgetting, candidate, leaving = tf.split(products + recurrent, 4, axis=1)
+        carry = cell.recurrent_activation(forgetting) * state[1]
+        carry += cell.recurrent_activation(entering) * cell.activation(candidate)
+        return [cell.recurrent_activation(leaving) * cell.activation(carry), carry]
+
+    return _recurrent(layer, capture, inputs, mask, 2, step, cell.bias if cell.use_bias else None, None)
+
+
+def _gru(
+    layer: Any, call: Any, capture: Capture, inputs: tf.Tensor, mask: Any = None, training: Any = None, **_: Any
+) -> Noted:
+    cell = layer.cell
+
+    def step(products: tf.Tensor, recurrent: tf.Tensor, state: list[tf.Tensor]) -> list[tf.Tensor]:
+        update, reset, candidate = tf.split(products, 3, axis=1)
+        recurrent_update, recurrent_reset, recurrent_candidate = tf.split(recurrent, 3, axis=1)
+        kept = cell.recurrent_activation(update + recurrent_update)
+        reset = cell.recurrent_activation(reset + recurrent_reset)
+        return [kept * state[0] + (1 - kept) * cell.activation(candidate + reset * recurrent_candidate)]
+
+    biases = tf.unstack(cell.bias) if cell.use_bias else (None, None)
+    return _recurrent(layer, capture, inputs, mask, 1, step, *biases)
+
+
+def _simple(
+    layer: Any, call: Any, capture: Capture, inputs: tf.Tensor, mask: Any = None, training: Any = None, **_: Any
+) -> Noted:
+    cell = layer.cell
+
+    def step(products: tf.Tensor, recurrent: tf.Tensor, state: list[tf.Tensor]) -> list[tf.Tensor]:
+        return [cell.activation(products + recurrent)]
+
+    return _recurrent(layer, capture, inputs, mask, 1, step, cell.bias if cell.use_bias else None, None)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether the layer starts from zeros at every call and draws no random numbers."""
+    return not (
+        layer.stateful or layer.time_major or layer.zero_output_for_mask or layer.dropout or layer.recurrent_dropout
+    )
+
+
+RECURRENT_RULES: dict[type, tuple[Callable[[Any], bool], Rule]] = {
+    tf.keras.layers.LSTM: (_is_plain, _lstm),
+    tf.keras.layers.GRU: (lambda layer: _is_plain(layer) and layer.reset_after, _gru),
+    tf.keras.layers.SimpleRNN: (_is_plain, _simple),
+}
