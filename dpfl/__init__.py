@@ -20,11 +20,17 @@ _HOMES = {
     "BallsInBins": "dpfl.sampling",
     "BandedMatrix": "dpfl.mechanisms",
     "CappedPoisson": "dpfl.sampling",
+    "ClientTraining": "dpfl.clients",
     "Cyclic": "dpfl.sampling",
     "CyclicPoisson": "dpfl.sampling",
+    "DPKerasAdagradOptimizer": "dpfl.clients.keras_door",
+    "DPKerasAdamOptimizer": "dpfl.clients.keras_door",
+    "DPKerasSGDOptimizer": "dpfl.clients.keras_door",
+    "DPModel": "dpfl.clients.keras_door",
     "Deployment": "dpfl.mechanisms",
     "DistributedDiscreteGaussian": "dpfl.mechanisms",
     "DistributedSkellam": "dpfl.mechanisms",
+    "EpsilonCallback": "dpfl.clients.keras_door",
     "Everyone": "dpfl.sampling",
     "Experiment": "dpfl.simulation",
     "FederatedData": "dpfl.data",
@@ -34,19 +40,27 @@ _HOMES = {
     "InputError": "dpfl.errors",
     "LocalGaussian": "dpfl.mechanisms",
     "LocalLaplace": "dpfl.mechanisms",
-    "LocalTraining": "dpfl.clients",
     "NoMechanism": "dpfl.mechanisms",
     "Poisson": "dpfl.sampling",
+    "PoissonBatches": "dpfl.clients.keras_door",
     "Privacy": "dpfl.privacy",
     "ServerOptimizer": "dpfl.simulation",
     "Study": "dpfl.study",
     "TreeAggregation": "dpfl.mechanisms",
 }
-_MODULES = ("charts", "data", "mechanisms", "models", "privacy", "simulation", "study")
+_MODULES = ("charts", "data", "mechanisms", "models", "privacy", "simulation", "study", "tff")
 
 if TYPE_CHECKING:
-    from dpfl import charts, data, mechanisms, models, privacy, simulation, study
-    from dpfl.clients import LocalTraining
+    from dpfl import charts, data, mechanisms, models, privacy, simulation, study, tff
+    from dpfl.clients import ClientTraining
+    from dpfl.clients.keras_door import (
+        DPKerasAdagradOptimizer,
+        DPKerasAdamOptimizer,
+        DPKerasSGDOptimizer,
+        DPModel,
+        EpsilonCallback,
+        PoissonBatches,
+    )
     from dpfl.data import FederatedData
     from dpfl.errors import InputError
     from dpfl.mechanisms import (
@@ -71,11 +85,17 @@ __all__ = [
     "BallsInBins",
     "BandedMatrix",
     "CappedPoisson",
+    "ClientTraining",
     "Cyclic",
     "CyclicPoisson",
+    "DPKerasAdagradOptimizer",
+    "DPKerasAdamOptimizer",
+    "DPKerasSGDOptimizer",
+    "DPModel",
     "Deployment",
     "DistributedDiscreteGaussian",
     "DistributedSkellam",
+    "EpsilonCallback",
     "Everyone",
     "Experiment",
     "FederatedData",
@@ -85,9 +105,9 @@ __all__ = [
     "InputError",
     "LocalGaussian",
     "LocalLaplace",
-    "LocalTraining",
     "NoMechanism",
     "Poisson",
+    "PoissonBatches",
     "Privacy",
     "ServerOptimizer",
     "Study",
@@ -99,6 +119,7 @@ __all__ = [
     "privacy",
     "simulation",
     "study",
+    "tff",
 ]
 
 

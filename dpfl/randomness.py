@@ -33,6 +33,8 @@ class Purpose(enum.IntEnum):
     CLIENT_NOISE = 11
     CLIPPED_COUNT_NOISE = 12
     ROTATION = 13
+    EXAMPLE_SAMPLING = 14
+    EXAMPLE_NOISE = 15
 
 
 def check_seed(seed: Any) -> int:

@@ -70,6 +70,15 @@ class BaseSampler(Config):
         """
         return None
 
+    def most_participations(self, population: int, rounds: int) -> int:
+        """The largest number of rounds that any client can ever take part in, however the draws fall.
+
+        Args:
+            population: the number of clients.
+            rounds: the number of rounds.
+        """
+        return math.ceil(rounds / (self.period(population) or 1))
+
     def clients(self, seed: int, round_number: int, population: int) -> np.ndarray:
         """Draws the clients of a round.
 
@@ -415,6 +424,10 @@ class BallsInBins(_CohortSampler):
         """The number of rounds in an epoch."""
         self.check(population)
         return max(1, round(population / self.cohort))
+
+    @override
+    def most_participations(self, population: int, rounds: int) -> int:
+        return math.ceil(rounds / self.bins(population))
 
     @override
     def clients(self, seed: int, round_number: int, population: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import re
 import pydantic
 import pytest
 
-from dpfl.clients import LocalTraining
+from dpfl.clients import ClientTraining
 from dpfl.config import Config
 from dpfl.errors import InputError
 from dpfl.mechanisms import Gaussian, Mechanism, NoMechanism
@@ -92,10 +92,10 @@ class TestWrongValues:
             (Poisson, {"cohort": 2.5}, "cohort", "2.5"),
             (Gaussian, {"clip_norm": "small"}, "clip_norm", "'small'"),
             (Gaussian, {"clip_norm": None}, "clip_norm", "None"),
-            (LocalTraining, {"epochs": "all"}, "epochs", "'all'"),
-            (LocalTraining, {"epochs": 1, "batch_size": 0}, "batch_size", "0"),
-            (LocalTraining, {"epochs": -1}, "epochs", "-1"),
-            (LocalTraining, {"epochs": 1, "learning_rate": "fast"}, "learning_rate", "'fast'"),
+            (ClientTraining, {"epochs": "all"}, "epochs", "'all'"),
+            (ClientTraining, {"epochs": 1, "batch_size": 0}, "batch_size", "0"),
+            (ClientTraining, {"epochs": -1}, "epochs", "-1"),
+            (ClientTraining, {"epochs": 1, "learning_rate": "fast"}, "learning_rate", "'fast'"),
             (Privacy, {"epsilon": "four"}, "epsilon", "'four'"),
             (Privacy, {"epsilon": 4, "delta": "tiny"}, "delta", "'tiny'"),
             (Privacy, {"epsilon": 4, "unit": "group"}, "unit", "'group'"),
@@ -118,12 +118,12 @@ class TestWrongValues:
 
     def test_local_training_needs_exactly_one_of_epochs_and_steps(self):
         for settings in ({}, {"epochs": 1, "steps": 1}):
-            assert refusal(LocalTraining, **settings).startswith("local training needs either epochs or steps")
-        assert LocalTraining(steps=3).epochs is None
+            assert refusal(ClientTraining, **settings).startswith("local training needs either epochs or steps")
+        assert ClientTraining(steps=3).epochs is None
 
     @pytest.mark.parametrize("rate", [0, -0.1, float("nan"), float("inf")])
     def test_learning_rates_are_positive_and_finite(self, rate):
-        assert refusal(LocalTraining, epochs=1, learning_rate=rate).startswith("the clients' learning rate must be")
+        assert refusal(ClientTraining, epochs=1, learning_rate=rate).startswith("the clients' learning rate must be")
 
 
 class TestNesting:
@@ -190,7 +190,7 @@ class TestImmutability:
             (Poisson(cohort=3), "cohort"),
             (Gaussian(clip_norm=1), "clip_norm"),
             (Privacy(epsilon=1), "epsilon"),
-            (LocalTraining(epochs=1), "epochs"),
+            (ClientTraining(epochs=1), "epochs"),
             (Outer(count=1), "inner"),
         ],
         ids=lambda value: type(value).__name__,

@@ -412,6 +412,36 @@ class TestCappedPoisson:
         assert words.endswith("at rate 0.333333 (expected cohort 20), of which at most 25 take part")
 
 
+class TestMostParticipations:
+    @every_sampler
+    @pytest.mark.parametrize("rounds", [1, 2, 7, 23])
+    def test_nobody_is_ever_drawn_into_more_rounds(self, sampler, fewest, expected, most, rounds):
+        limit = sampler.most_participations(60, rounds)
+        for seed in range(20):
+            counts = np.zeros(60, int)
+            for number in range(rounds):
+                counts[sampler.clients(seed, number, 60)] += 1
+            assert counts.max() <= limit
+
+    @pytest.mark.parametrize(
+        ("sampler", "limits"),
+        [
+            (Poisson(cohort=20), [1, 2, 7]),
+            (CappedPoisson(cohort=20, cap=22), [1, 2, 7]),
+            (FixedSize(cohort=20), [1, 2, 7]),
+            (Everyone(), [1, 2, 7]),
+            (Cyclic(cohort=20), [1, 1, 3]),
+            (Cyclic(cohort=25), [1, 1, 3]),
+            (CyclicPoisson(cohort=5, groups=4), [1, 1, 2]),
+            (BallsInBins(cohort=20), [1, 1, 3]),
+            (BallsInBins(cohort=60), [1, 2, 7]),
+        ],
+        ids=str,
+    )
+    def test_is_the_least_such_number(self, sampler, limits):
+        assert [sampler.most_participations(60, rounds) for rounds in (1, 2, 7)] == limits
+
+
 class TestFixedSize:
     @pytest.mark.parametrize(("cohort", "population"), [(20, 60), (1, 10), (9, 10), (2, 3)])
     def test_each_set_of_clients_is_as_likely(self, cohort, population):

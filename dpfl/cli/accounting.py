@@ -214,15 +214,16 @@ def verify(
         raise InputError(f"{record} cannot be read as JSON: give a run's record or the JSON of a guarantee.") from None
     content = content if isinstance(content, dict) else {}
     stated = content.get("guarantee", content)
-    for values in (stated, content.get("extrapolated")):
-        if values is not None:
-            _verify(Guarantee.from_dict(values))
-    spent = content.get("record", {}).get("epsilon_spent", stated["epsilon"])
-    if spent != stated["epsilon"]:
-        raise InputError(
-            f"the record's row says that epsilon {spent} was spent, but its guarantee states {stated['epsilon']}: "
-            "do not rely on it."
-        )
+    others = (content.get(name) for name in ("extrapolated", "user_guarantee", "example_guarantee"))
+    for values in (stated, *(other for other in others if other not in (None, stated))):
+        _verify(Guarantee.from_dict(values))
+    row = content.get("record", {})
+    for column, guarantee in (("epsilon_spent", stated), ("example_epsilon", content.get("example_guarantee"))):
+        if guarantee is not None and (spent := row.get(column, guarantee["epsilon"])) != guarantee["epsilon"]:
+            raise InputError(
+                f"the record's row says that epsilon {spent} was spent, but its guarantee states "
+                f"{guarantee['epsilon']}: do not rely on it."
+            )
 
 
 def _verify(guarantee: Guarantee) -> None:

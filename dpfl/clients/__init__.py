@@ -1,5 +1,5 @@
 """What happens on a client."""
 
-from dpfl.clients.local_training import LocalTraining
+from dpfl.clients.training import ClientTraining
 
-__all__ = ["LocalTraining"]
+__all__ = ["ClientTraining"]

@@ -1,4 +1,4 @@
-"""Which examples a client sees at which local step, in graph."""
+"""Which examples a client sees at which local step, in graph: shuffled epochs or Poisson samples."""
 
 from __future__ import annotations
 
@@ -61,6 +61,41 @@ def minibatches(
     return starts[:, None, None] + tf.where(counts, chosen, 0), tf.cast(counts, tf.float32)
 
 
+def poisson_minibatch(
+    records: tf.Tensor, step: tf.Tensor, *, batch_size: int, max_batch_size: int | None, seed: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Draws each of a client's examples independently with the probability min(1, batch_size / records).
+
+    Where more than `max_batch_size` are drawn, a uniformly random part of them is kept (those with the smallest
+    uniforms), as `dp_accounting.TruncatedSubsampledGaussianDpEvent` has it.
+
+    Args:
+        records: number of the client's examples, at least 1, an int32 scalar.
+        step: the local step, an int32 scalar.
+        batch_size: the expected number of examples in a minibatch.
+        max_batch_size: the largest number of examples in a minibatch; None for all that are drawn.
+        seed: of this client's sampling in this round, int32, (2,).
+
+    Returns:
+        Rows of the examples, int32, (drawn,), ascending and counted from the client's first; and a mask of the same
+        shape that is 1.0 where a row counts. Where none is drawn there is one row all the same, which does not
+        count. Both are private: the guarantee relies on nobody learning who was drawn.
+    """
+    draws = _hash(seed, tf.constant(0), tf.constant(0), step, tf.range(records))
+    # Rounded down, so that the rate is never above the one that is accounted; 2 ** 40 where all take part.
+    wanted = tf.cast(tf.minimum(batch_size, records), tf.int64)
+    taken = draws < tf.bitwise.left_shift(wanted, tf.constant(40, tf.int64)) // tf.cast(records, tf.int64)
+    if max_batch_size is None:
+        rows = tf.cast(tf.where(taken)[:, 0], tf.int32)
+    else:
+        kept = tf.minimum(tf.reduce_sum(tf.cast(taken, tf.int32)), max_batch_size)
+        in_order = tf.math.top_k(-draws, tf.minimum(max_batch_size, records)).indices
+        rows = tf.sort(in_order[:kept])
+    drawn = tf.size(rows)
+    length = tf.maximum(drawn, 1)
+    return tf.concat([rows, [0]], axis=0)[:length], tf.cast(tf.range(length) < drawn, tf.float32)
+
+
 def _hash(
     seed: tf.Tensor, round_number: tf.Tensor, client: tf.Tensor, epoch: tf.Tensor, example: tf.Tensor
 ) -> tf.Tensor:
@@ -68,7 +103,7 @@ def _hash(
 
     SplitMix64's finaliser (Steele et al. 2014, OOPSLA) as a counter-based generator, because
     TensorFlow's stateless generators take one seed a call and would tie a client's order to its
-    place in the cohort. Shuffling needs no more; noise never comes from here.
+    place in the cohort. Sampling and shuffling need no more; noise never comes from here.
     """
 
     def mix(state: tf.Tensor, value: tf.Tensor) -> tf.Tensor:

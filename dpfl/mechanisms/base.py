@@ -133,11 +133,16 @@ class BaseMechanism(Config):
         """Refuses settings that no noise can reconcile.
 
         Raises:
-            InputError: a cohort beyond the population, a weak delta, a sampler or relation that the
-                mechanism has no analysis for, or a deployment smaller than the simulation.
+            InputError: a target that is not user-level, a cohort beyond the population, a weak delta, a sampler or
+                relation that the mechanism has no analysis for, or a deployment smaller than the simulation.
         """
         if population < 1:
             raise InputError(f"at least 1 client is needed, but there were {population}.")
+        if target.unit != "user":
+            raise InputError(
+                f"the mechanism {self.name} protects clients, not examples: give it a target of unit user, or an "
+                "experiment whose clients train with an example_clip."
+            )
         sampler.check(population)
         if deployment is not None:
             larger = deployment.sampler(sampler)

@@ -134,9 +134,9 @@ class FunctionalModel:
             Cross-entropy per example (batch,), in nats; logits (batch, classes); the sum of the
             model's regularisation losses, a scalar.
         """
-        model = self._bind(weights, training_seed)
+        model = self.bind(weights, training_seed)
         logits = model(x, training=training_seed is not None)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
+        losses = cross_entropies(logits, y)
         penalty = tf.add_n([tf.cast(loss, tf.float32) for loss in model.losses] or [tf.constant(0.0)])
         return losses, logits, penalty
 
@@ -241,16 +241,25 @@ class FunctionalModel:
         _, created = self._build_template(seed)
         return [variable.numpy() for variable in created]
 
-    def _bind(self, weights: Sequence[tf.Tensor], seed: tf.Tensor | None) -> tf.keras.Model:
-        """Rebuilds the model with tensors in the place of variables."""
+    def bind(self, weights: Sequence[tf.Tensor], training_seed: tf.Tensor | None = None) -> tf.keras.Model:
+        """Rebuilds the Keras model with tensors in the place of its variables. Only inside a `tf.function`.
+
+        The layers hold the very tensors that are handed out, not copies of them: `layer.kernel is weights[0]`.
+
+        Args:
+            weights: trainable weights, as `shapes` says.
+            training_seed: int32 of shape (2,), the seed of random layers; None leaves them to Keras, for calls with
+                `training=False`.
+        """
         trainable, frozen = iter(weights), iter(self._frozen)
         hand_out = iter([next(trainable) if trains else tf.constant(next(frozen)) for trains in self._is_trainable])
         with tf.variable_creator_scope(lambda make, **arguments: next(hand_out)):
             model = self._build()
-        if seed is not None:
+        if training_seed is not None:
             for index, layer in enumerate(_layers(model)):
                 if hasattr(layer, "_random_generator"):
-                    layer._random_generator = _SeededGenerator(tf.random.experimental.stateless_fold_in(seed, index))
+                    of_layer = tf.random.experimental.stateless_fold_in(training_seed, index)
+                    layer._random_generator = _SeededGenerator(of_layer)
         return model
 
     def _digest(self, graph: tf.Graph) -> str:
@@ -272,6 +281,11 @@ class FunctionalModel:
         for value in self._created_values(seed=0):
             whole.update(value.tobytes())
         return whole.hexdigest()[:12]
+
+
+def cross_entropies(logits: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    """The loss of each example, (batch,), in nats, from logits (batch, classes) and labels (batch,)."""
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
 
 
 class _SeededGenerator:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import pydantic
 
 from dpfl.config import Config
 from dpfl.errors import InputError
 from dpfl.privacy.accounting import check_analysis, check_delta, check_epsilon
-from dpfl.privacy.relations import Accountant, Relation
+from dpfl.privacy.relations import Accountant, Relation, Unit
 
 
 class Privacy(Config):
-    """A privacy target: what the mechanism's noise is calibrated to.
+    """A privacy target: what the noise of the mechanism, or of the clients, is calibrated to.
 
     Attributes:
-        unit: what one neighbour differs in. "user": all the data of one client.
+        unit: what one neighbour differs in. "user": all the data of one client, which the mechanism's noise
+            protects. "example": one training example, which the noise in each client's local steps protects.
         epsilon: the bound on the privacy loss, above 0 and up to 100; None trains without noise.
         delta: the probability mass outside the bound; below 1 / clients, since a mechanism that
-            publishes one client at random already satisfies delta = 1 / clients.
+            publishes one client at random already satisfies delta = 1 / clients. For unit "example" below 1 /
+            training examples of all clients together, for the same reason.
         relation: the neighbouring relation: "add_or_remove_one", "replace_one" or "replace_special".
         accountant: "pld" (tight) or "rdp".
-        allow_weak_delta: accepts a delta of 1 / clients and more.
+        allow_weak_delta: accepts a delta of 1 / clients (1 / examples) and more.
     """
 
-    unit: Literal["user"] = "user"
+    unit: Unit = "user"
     epsilon: float | None
     delta: float = 1e-5
     relation: Relation = "add_or_remove_one"
@@ -41,10 +41,17 @@ class Privacy(Config):
         return self
 
 
-def check_weak_delta(delta: float, population: int, allowed: bool) -> None:
-    """Refuses a delta of 1 / population and more, unless it is allowed."""
+def check_weak_delta(delta: float, population: int, allowed: bool, units: str = "clients") -> None:
+    """Refuses a delta of 1 / population and more, unless it is allowed.
+
+    Args:
+        delta: of the target.
+        population: how many units there are that a guarantee protects.
+        allowed: whether it is allowed.
+        units: what they are, in words.
+    """
     if delta >= 1 / population and not allowed:
         raise InputError(
-            f"delta {delta:g} is no privacy for {population} clients: choose a delta below 1 / clients = "
+            f"delta {delta:g} is no privacy for {population} {units}: choose a delta below 1 / {units} = "
             f"{1 / population:.2g}, or allow it knowingly (--allow-weak-delta, allow_weak_delta=True)."
         )

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from dpfl.clients import LocalTraining
+from dpfl.clients import ClientTraining, optimizers
+from dpfl.clients.dp_sgd import ClientNumbers, ClientSeeds, client_numbers, client_seeds, run_seeds, train_privately
+from dpfl.clients.example_privacy import ClientPlan
+from dpfl.clients.optimizers import OptimizerNumbers, optimizer_numbers
 from dpfl.clients.schedule import minibatches
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Plan
@@ -45,15 +48,26 @@ class State(NamedTuple):
     round: tf.Tensor
 
 
+class PrivateSettings(NamedTuple):
+    """What clients that train by DP-SGD need: numbers, and the run's seeds of sampling, noise and random layers."""
+
+    numbers: ClientNumbers
+    seeds: ClientSeeds
+
+
 class Settings(NamedTuple):
-    """What differs between configurations that share a compiled graph; all are scalars or seeds."""
+    """What differs between configurations that share a compiled graph; all are scalars or seeds.
+
+    Clients that train by DP-SGD look at `private` alone; where there are none it is empty.
+    """
 
     steps: tf.Tensor
     epochs: tf.Tensor
-    learning_rate: tf.Tensor
+    optimizer: OptimizerNumbers
     server: tuple[tf.Tensor, ...]
     shuffling_seed: tf.Tensor
     model_seed: tf.Tensor
+    private: PrivateSettings | tuple[()]
 
 
 class Measurements(NamedTuple):
@@ -64,21 +78,24 @@ class Measurements(NamedTuple):
         clipped_fraction: fraction of the cohort whose update was clipped.
         non_finite_updates: clients whose update was NaN or infinite, and counted as zero.
         clip_norm: the norm to which updates were clipped.
+        example_clipped_fraction: mean over clients and local steps of the fraction of a minibatch's examples whose
+            gradient was longer than their clip norm; only of clients that train by DP-SGD.
     """
 
     update_norm: tf.Tensor
     clipped_fraction: tf.Tensor
     non_finite_updates: tf.Tensor
     clip_norm: tf.Tensor
+    example_clipped_fraction: tf.Tensor
 
 
 class Engine:
-    """Compiled rounds for one dataset, model, batch size, kind of server optimizer and mechanism.
+    """Compiled rounds for one dataset, model, structure of local training, kind of server optimizer and mechanism.
 
     Args:
         data: the federated dataset; its arrays stay resident.
         model: the model as a function of its weights.
-        batch_size: of the clients' minibatches.
+        local: what clients do; only its structure (`ClientTraining.structure`) is compiled in.
         server: the server's optimizer; only its kind is compiled in.
         query: a query of the mechanism's kind; its numbers come with the state.
     """
@@ -87,12 +104,12 @@ class Engine:
         self,
         data: FederatedData,
         model: FunctionalModel,
-        batch_size: int,
+        local: ClientTraining,
         server: ServerOptimizer,
         query: MeanQuery,
     ) -> None:
         self._model = model
-        self._batch_size = batch_size
+        self._local = local
         self._server = server
         self._query = query
         self._x, self._y = tf.constant(data.x), tf.constant(data.y)
@@ -102,7 +119,8 @@ class Engine:
             "validation": (tf.constant(data.x_validation), tf.constant(data.y_validation)),
             "test": (tf.constant(data.x_test), tf.constant(data.y_test)),
         }
-        self._vectorizes = model.vectorizes and model.parameters <= _VECTORIZED_PARAMETERS
+        tiny = model.vectorizes and model.parameters <= _VECTORIZED_PARAMETERS
+        self._vectorizes = tiny and not local.is_private
         self._compiled_rounds: Any = None
         self._compiled_evaluation: Any = None
 
@@ -116,15 +134,29 @@ class Engine:
             tf.constant(0, tf.int32),
         )
 
-    def settings(self, local: LocalTraining, server: ServerOptimizer, seed: int) -> Settings:
-        """A configuration's numbers as tensors."""
+    def settings(
+        self, local: ClientTraining, server: ServerOptimizer, seed: int, client_plan: ClientPlan | None = None
+    ) -> Settings:
+        """A configuration's numbers as tensors.
+
+        Args:
+            local: what clients do, of the engine's structure.
+            server: the server's optimizer.
+            seed: the run's seed.
+            client_plan: the plan of clients that train by DP-SGD; None if they do not.
+        """
+        private: PrivateSettings | tuple[()] = ()
+        if client_plan is not None:
+            numbers = client_numbers(client_plan.training, client_plan.noise_multiplier)
+            private = PrivateSettings(numbers, run_seeds(seed))
         return Settings(
             steps=tf.constant(local.steps or 0, tf.int32),
             epochs=tf.constant(local.epochs or 0, tf.int32),
-            learning_rate=tf.constant(local.learning_rate, tf.float32),
+            optimizer=optimizer_numbers(local),
             server=tuple(tf.constant(number, tf.float32) for number in server.numbers()),
             shuffling_seed=tf.constant(stateless_seed(seed, Purpose.SHUFFLING)),
             model_seed=tf.constant(stateless_seed(seed, Purpose.MODEL)),
+            private=private,
         )
 
     def run_rounds(
@@ -138,7 +170,7 @@ class Engine:
             settings: the configuration's numbers.
 
         Returns:
-            The state after the last round, and the measurements, arrays of one value a round.
+            The state after the last round, and the measurements by name, arrays of one value a round.
         """
         ends = np.cumsum([len(cohort) for cohort in cohorts], dtype=np.int32)
         clients = np.concatenate(cohorts).astype(np.int32)
@@ -146,7 +178,10 @@ class Engine:
         if self._compiled_rounds is None:
             self._compiled_rounds = _compile(self._rounds, *arguments)
         state, measured = self._compiled_rounds(*arguments)
-        return state, {name: values.numpy() for name, values in measured._asdict().items()}
+        values = {name: array.numpy() for name, array in measured._asdict().items()}
+        if not self._local.is_private:
+            del values["example_clipped_fraction"]
+        return state, values
 
     def evaluate(self, state: State, split: str) -> tuple[float, float]:
         """Accuracy (a fraction) and mean cross-entropy (nats) on "validation" or "test".
@@ -194,8 +229,9 @@ class Engine:
                 # Drawing at the client falls back to a loop over the clients, which needs no words.
                 records = tf.vectorized_map(lambda one: self._preprocess(params, *one), (updates, chunk), warn=False)
                 record = tf.nest.map_structure(lambda part: tf.reduce_sum(part, axis=0), records)
+                examples_clipped = tf.constant(0.0)
             else:
-                update = self._train_client(state, chunk[0], settings)
+                update, examples_clipped = self._train_one(state, chunk[0], settings)
                 norms = global_norm(update)[None]
                 record = self._preprocess(params, update, chunk[0])
             finite = tf.math.is_finite(norms)
@@ -204,11 +240,12 @@ class Engine:
                 measured.clipped_fraction + tf.reduce_sum(tf.cast(finite & (norms > clip_norm), tf.float32)),
                 measured.non_finite_updates + tf.reduce_sum(tf.cast(~finite, tf.float32)),
                 clip_norm,
+                measured.example_clipped_fraction + examples_clipped,
             )
             return start + chunk_size, self._query.accumulate_preprocessed_record(total, record), measured
 
         nothing = self._query.initial_sample_state(list(state.weights))
-        zeros = Measurements(tf.constant(0.0), tf.constant(0.0), tf.constant(0.0), clip_norm)
+        zeros = Measurements(*(tf.constant(0.0) for _ in Measurements._fields))._replace(clip_norm=clip_norm)
         _, total, measured = tf.while_loop(
             lambda start, *_: start < size, body, (tf.constant(0), nothing, zeros), parallel_iterations=1
         )
@@ -216,7 +253,9 @@ class Engine:
         weights, server_state = self._server.apply(list(state.weights), mean_update, state.server, settings.server)
         clients = tf.cast(tf.maximum(size, 1), tf.float32)
         measured = measured._replace(
-            update_norm=measured.update_norm / clients, clipped_fraction=measured.clipped_fraction / clients
+            update_norm=measured.update_norm / clients,
+            clipped_fraction=measured.clipped_fraction / clients,
+            example_clipped_fraction=measured.example_clipped_fraction / clients,
         )
         return State(tuple(weights), server_state, query_state, state.round + 1), measured
 
@@ -231,7 +270,7 @@ class Engine:
             clients,
             steps=settings.steps,
             epochs=settings.epochs,
-            batch_size=self._batch_size,
+            batch_size=self._local.batch_size,
             seed=settings.shuffling_seed,
             round_number=state.round,
         )
@@ -241,7 +280,7 @@ class Engine:
         rows, mask = self._schedule(state, clients, settings)
         before = [tf.repeat(weight[None], tf.shape(clients)[0], axis=0) for weight in state.weights]
 
-        def body(step: tf.Tensor, weights: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        def gradients_at(step: tf.Tensor, weights: list[tf.Tensor]) -> list[Any]:
             x, y = tf.gather(self._x, rows[:, step]), tf.gather(self._y, rows[:, step])
             with tf.GradientTape() as tape:
                 tape.watch(weights)
@@ -249,40 +288,74 @@ class Engine:
                     lambda one: self._mean_loss(one[0], one[1], one[2], one[3], tf.zeros(2, tf.int32)),
                     (weights, x, y, mask[:, step]),
                 )
-            return step + 1, self._descend(weights, tape.gradient(losses, weights), settings)
+            return tape.gradient(losses, weights)
 
-        return self._local_steps(rows, body, before)
+        return self._local_steps(mask, gradients_at, before, settings)
+
+    def _train_one(self, state: State, client: tf.Tensor, settings: Settings) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Update (after minus before) of one client, and the fraction of its examples' gradients that it clipped."""
+        if not isinstance(settings.private, PrivateSettings):
+            return self._train_client(state, client, settings), tf.constant(0.0)
+        start, size = self._starts[client], self._sizes[client]
+        return train_privately(
+            self._model,
+            state.weights,
+            self._x[start : start + size],
+            self._y[start : start + size],
+            training=self._local,
+            numbers=settings.private.numbers,
+            seeds=client_seeds(settings.private.seeds, state.round, client),
+        )
 
     def _train_client(self, state: State, client: tf.Tensor, settings: Settings) -> list[tf.Tensor]:
-        """Update (after minus before) of one client."""
+        """Update (after minus before) of one client that trains without example-level privacy."""
         rows, mask = self._schedule(state, client[None], settings)
         seed = tf.random.experimental.stateless_fold_in(
             tf.random.experimental.stateless_fold_in(settings.model_seed, state.round), client
         )
 
-        def body(step: tf.Tensor, weights: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        def gradients_at(step: tf.Tensor, weights: list[tf.Tensor]) -> list[Any]:
             x, y = tf.gather(self._x, rows[0, step]), tf.gather(self._y, rows[0, step])
             with tf.GradientTape() as tape:
                 tape.watch(weights)
                 step_seed = tf.random.experimental.stateless_fold_in(seed, step)
                 loss = self._mean_loss(weights, x, y, mask[0, step], step_seed)
-            return step + 1, self._descend(weights, tape.gradient(loss, weights), settings)
+            return tape.gradient(loss, weights)
 
-        return self._local_steps(rows, body, list(state.weights))
+        return self._local_steps(mask, gradients_at, list(state.weights), settings)
 
-    @staticmethod
-    def _local_steps(rows: tf.Tensor, body: Any, before: list[tf.Tensor]) -> list[tf.Tensor]:
-        steps = tf.shape(rows)[1]
-        _, after = tf.while_loop(lambda step, _: step < steps, body, (tf.constant(0), before), parallel_iterations=1)
+    def _local_steps(
+        self,
+        mask: tf.Tensor,
+        gradients_at: Callable[[tf.Tensor, list[tf.Tensor]], list[Any]],
+        before: list[tf.Tensor],
+        settings: Settings,
+    ) -> list[tf.Tensor]:
+        """Takes the local steps of one client, or of a chunk of them side by side.
+
+        Args:
+            mask: which rows of the minibatches count, (clients, steps, batch_size).
+            gradients_at: the weights' gradients on a step's minibatches.
+            before: the weights, with the clients along the first axis where they train side by side.
+            settings: the configuration's numbers.
+        """
+        steps, optimizer = tf.shape(mask)[1], self._local.optimizer
+
+        def body(
+            step: tf.Tensor, weights: list[tf.Tensor], moments: tuple[list[tf.Tensor], ...]
+        ) -> tuple[tf.Tensor, list[tf.Tensor], tuple[list[tf.Tensor], ...]]:
+            moved, moments = optimizers.step(
+                optimizer, weights, gradients_at(step, weights), moments, settings.optimizer, step
+            )
+            if self._vectorizes and optimizer != "sgd":
+                # Moments would carry on a client that has come to its end before the others of its chunk.
+                goes_on = tf.reduce_any(mask[:, step] > 0, axis=1)
+                moved = [tf.where(_along(goes_on, new), new, old) for new, old in zip(moved, weights, strict=True)]
+            return step + 1, moved, moments
+
+        start = (tf.constant(0), before, optimizers.initial_moments(optimizer, before))
+        _, after, _ = tf.while_loop(lambda step, *_: step < steps, body, start, parallel_iterations=1)
         return [new - old for new, old in zip(after, before, strict=True)]
-
-    @staticmethod
-    def _descend(weights: list[tf.Tensor], gradients: list[Any], settings: Settings) -> list[tf.Tensor]:
-        # A weight that the loss does not reach has no gradient; Embedding layers give sparse ones.
-        return [
-            weight if gradient is None else weight - settings.learning_rate * tf.convert_to_tensor(gradient)
-            for weight, gradient in zip(weights, gradients, strict=True)
-        ]
 
     def _mean_loss(
         self, weights: Sequence[tf.Tensor], x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor, seed: tf.Tensor
@@ -310,6 +383,11 @@ class Engine:
         nothing = (tf.constant(0), tf.constant(0), tf.constant(0.0, tf.float64))
         _, correct, loss = tf.while_loop(lambda start, *_: start < examples, body, nothing)
         return correct, loss
+
+
+def _along(clients: tf.Tensor, stacked: tf.Tensor) -> tf.Tensor:
+    """One value for each client, in a shape that broadcasts along the other axes of a tensor."""
+    return tf.reshape(clients, [-1] + [1] * (len(stacked.shape) - 1))
 
 
 def _compile(function: Callable[..., Any], fixed: Any, *arguments: Any) -> Any:

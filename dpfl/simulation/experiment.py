@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 import dpfl.data
-from dpfl.clients import LocalTraining
+from dpfl.clients import ClientTraining
+from dpfl.clients.example_privacy import ClientPlan, check_clients, plan_clients
 from dpfl.config import Config
 from dpfl.data import FederatedData
-from dpfl.mechanisms import Deployment, Gaussian, Mechanism, Plan
+from dpfl.errors import InputError
+from dpfl.mechanisms import Deployment, Gaussian, Mechanism, NoMechanism, Plan
 from dpfl.models.named import check_named
 from dpfl.privacy import Guarantee, Privacy
 from dpfl.randomness import check_seed
@@ -27,6 +29,12 @@ if TYPE_CHECKING:
     from dpfl.simulation.result import Result
 
 
+def _default_mechanism(settings: dict[str, Any]) -> Gaussian | NoMechanism:
+    """What the target's unit asks of the server."""
+    privacy = settings.get("privacy")
+    return NoMechanism() if privacy is not None and privacy.unit == "example" else Gaussian(clip_norm=1.0)
+
+
 class Experiment(Config):
     """One training run but for its seed, validated when it is made.
 
@@ -34,9 +42,12 @@ class Experiment(Config):
         data: a `FederatedData`, or the name of a dataset that `dpfl.data.load` knows ("digits").
         model: "softmax", "mlp" or "cnn", a function that returns a new Keras model, or a Keras
             model, whose weights at this moment are the initial ones. It maps examples to logits.
-        local: what a client does in a round.
-        mechanism: how updates are clipped, noised and summed.
-        privacy: the guarantee asked for; the mechanism's noise is calibrated to it.
+        local: what a client does in a round, with or without example-level privacy.
+        privacy: the guarantee asked for. The mechanism's noise is calibrated to it where its unit is "user", the
+            noise of the clients' local steps where it is "example".
+        mechanism: how updates are clipped, noised and summed; by default with clip norm 1 for the unit "user", and
+            neither clipped nor noised for the unit "example". There a mechanism with a noise multiplier of its own adds
+            to the clients' noise, and the result keeps both guarantees.
         sampler: which clients take part in a round.
         rounds: the number of rounds.
         server: what the server does with the mean update.
@@ -50,9 +61,9 @@ class Experiment(Config):
 
     data: FederatedData
     model: Any = "softmax"
-    local: LocalTraining = LocalTraining(epochs=1)
-    mechanism: Mechanism = Gaussian(clip_norm=1.0)
+    local: ClientTraining = ClientTraining(epochs=1)
     privacy: Privacy
+    mechanism: Mechanism = pydantic.Field(default_factory=_default_mechanism)
     sampler: Sampler
     rounds: int = pydantic.Field(gt=0)
     server: ServerOptimizer = ServerOptimizer()
@@ -82,17 +93,35 @@ class Experiment(Config):
 
     @pydantic.model_validator(mode="after")
     def _check_together(self) -> Experiment:
-        self.mechanism.check(self.privacy, self.sampler, self.data.num_clients, self.deployment)
+        check_clients(self.local, self.privacy, self.data.client_sizes)
+        if self.privacy.unit == "example":
+            if self.mechanism.name != "none" and self.mechanism.noise_multiplier is None:
+                raise InputError(
+                    "under the unit example the clients' noise meets the target, and the mechanism "
+                    f"{self.mechanism.name} has no noise of its own: choose the mechanism none, or give it a "
+                    "noise_multiplier."
+                )
+            if self.deployment is not None:
+                raise InputError(
+                    "a deployment is a larger number of clients, on which an example-level guarantee does not depend: "
+                    "leave it out, or choose the unit user."
+                )
+        self.mechanism.check(self._server_target, self.sampler, self.data.num_clients, self.deployment)
         return self
 
+    @property
+    def _server_target(self) -> Privacy:
+        """What the server's mechanism has to meet: nothing where the clients' noise meets the target."""
+        return self.privacy if self.privacy.unit == "user" else self.privacy.replace(unit="user", epsilon=None)
+
     def plan(self) -> Plan:
-        """Calibrates the mechanism: the plan from which sampler, clip, noise and guarantee come.
+        """Calibrates the mechanism: the plan from which the server's sampler, clip, noise and guarantee come.
 
         Raises:
             InputError: the privacy target cannot be met.
         """
         plan = self.mechanism.plan(
-            self.privacy,
+            self._server_target,
             self.sampler,
             self.data.num_clients,
             self.rounds,
@@ -104,6 +133,24 @@ class Experiment(Config):
             guarantee=self._with_assumptions(plan.guarantee),
             extrapolated=plan.extrapolated and self._with_assumptions(plan.extrapolated),
         )
+
+    def client_plan(self, rounds: int | None = None) -> ClientPlan | None:
+        """Calibrates the clients: the plan from which the clip, noise and guarantee of their local steps come.
+
+        Args:
+            rounds: how many there will be; None for as many as the server's plan has.
+
+        Returns:
+            The plan, or None where clients train without example-level privacy.
+
+        Raises:
+            InputError: the privacy target cannot be met.
+        """
+        if not self.local.is_private:
+            return None
+        rounds = self.plan().rounds if rounds is None else rounds
+        plan = plan_clients(self.local, self.privacy, self.sampler, self.data.client_sizes, rounds)
+        return dataclasses.replace(plan, guarantee=self._with_assumptions(plan.guarantee))
 
     def _with_assumptions(self, guarantee: Guarantee) -> Guarantee:
         """Adds what the data's preparation assumed, where there is a guarantee at all."""
@@ -134,7 +181,8 @@ class Experiment(Config):
 
         seed = check_seed(seed)
         with progress_bar("training", self.rounds, "rounds", shown=progress) as advance:
-            return run(self, self.plan(), seed, advance)
+            plan = self.plan()
+            return run(self, plan, self.client_plan(plan.rounds), seed, advance)
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain values; the data by name and fingerprint, the model by its key."""

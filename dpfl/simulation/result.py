@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpfl.privacy import Guarantee
+from dpfl.privacy.example_level import ClientEpsilons
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -22,8 +23,13 @@ class Result:
     Attributes:
         record: one row of `runs.csv`: settings, guarantee and measurements as plain values.
         history: one dict a round: evaluations where they were made, and the engine's measurements.
-        guarantee: what holds for the released weights.
+        guarantee: what holds, at the level of the target's unit.
         extrapolated: what would hold in the experiment's deployment; None where it has none.
+        user_guarantee: what the server's noise guarantees each client; None where it was not asked to add any.
+        example_guarantee: what the clients' noise guarantees each example, whoever is drawn; None where clients
+            train without example-level privacy.
+        client_epsilons: what this run cost the examples of each client, by the rounds in which it really took
+            part: at most the guarantee. Depends on the clients' sizes and on who was drawn: not for release.
         weights: the model's trainable weights after the last round; may be released under the guarantee.
         functional_model: the model that the weights belong to.
     """
@@ -32,8 +38,16 @@ class Result:
     history: list[dict[str, Any]]
     guarantee: Guarantee
     extrapolated: Guarantee | None
+    user_guarantee: Guarantee | None
+    example_guarantee: Guarantee | None
+    client_epsilons: ClientEpsilons | None
     weights: list[np.ndarray]
     functional_model: FunctionalModel
+
+    def guarantees(self) -> dict[str, dict[str, Any] | None]:
+        """All guarantees as plain values by the name of their attribute, as a run's record file keeps them."""
+        names = ("guarantee", "extrapolated", "user_guarantee", "example_guarantee")
+        return {name: None if (found := getattr(self, name)) is None else found.as_dict() for name in names}
 
     @property
     def accuracy(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Store:
     """Runs of a study in a folder that can be read without dpfl.
 
-    `records/<run id>.json` holds a run's record, its guarantee and its per-round history;
+    `records/<run id>.json` holds a run's record, its guarantees and its per-round history;
     `runs.csv` and `history.csv` are collected from the records, one row a run and one row a round.
 
     Args:
@@ -45,12 +45,17 @@ class Store:
         self,
         record: dict[str, Any],
         history: Sequence[dict[str, Any]],
-        guarantee: dict[str, Any],
-        extrapolated: dict[str, Any] | None = None,
+        guarantees: Mapping[str, dict[str, Any] | None],
     ) -> None:
-        """Keeps a run that has ended."""
+        """Keeps a run that has ended.
+
+        Args:
+            record: the run's row.
+            history: one row for each round.
+            guarantees: as plain values by name, "guarantee" among them.
+        """
         columns = {name: [row.get(name) for row in history] for name in _names(history)}
-        content = {"record": record, "guarantee": guarantee, "extrapolated": extrapolated, "history": columns}
+        content = {"record": record, **guarantees, "history": columns}
         with written_whole(self._path(record["run_id"])) as path:
             path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False))
 

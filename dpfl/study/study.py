@@ -157,10 +157,12 @@ class Study:
         store.collect(self.run_ids)
 
     def _plan(self, indices: Sequence[int], progress: bool) -> dict[int, Planned]:
-        """Calibrates all mechanisms, so that what cannot be met is refused before anything is trained."""
+        """Calibrates all mechanisms and clients, so that what cannot be met is refused before anything is trained."""
         planned = {}
         with progress_bar("calibrating", len(indices), "configurations", shown=progress) as advance:
             for index in indices:
-                planned[index] = Planned(self.experiments[index], self.experiments[index].plan())
+                experiment = self.experiments[index]
+                plan = experiment.plan()
+                planned[index] = Planned(experiment, plan, experiment.client_plan(plan.rounds))
                 advance(1)
         return planned

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from dpfl.clients import LocalTraining
+from dpfl.clients import ClientTraining
 from dpfl.data import FederatedData
 from dpfl.errors import InputError
 from dpfl.mechanisms import Deployment, Gaussian, NoMechanism
-from dpfl.privacy import Privacy, best_of
+from dpfl.privacy import Guarantee, Privacy, best_of
 from dpfl.sampling import Poisson
 from dpfl.simulation import Experiment, ServerOptimizer
 from dpfl.study.study import Study, grid
@@ -71,7 +71,7 @@ def tradeoff(
     base = Experiment(
         data=data,
         model=model,
-        local=LocalTraining(learning_rate=learning_rate, batch_size=batch_size, steps=frequencies[0][1]),
+        local=ClientTraining(learning_rate=learning_rate, batch_size=batch_size, steps=frequencies[0][1]),
         mechanism=Gaussian(clip_norm=clip_norms[0]),
         privacy=privacy,
         sampler=Poisson(cohort=cohort),
@@ -104,8 +104,7 @@ def tuning_prices(study: Study, over: Sequence[str]) -> dict[float, float]:
     for target in sorted({experiment.privacy.epsilon or 0.0 for experiment in study.experiments} - {0.0}):
         experiments = [experiment for experiment in study.experiments if experiment.privacy.epsilon == target]
         settings = {tuple(_setting(experiment, path) for path in over) for experiment in experiments}
-        plans = [experiment.plan() for experiment in experiments]
-        guarantees = [plan.extrapolated or plan.guarantee for plan in plans]
+        guarantees = [_promised(experiment) for experiment in experiments]
         events = set(guarantee.privacy_event() for guarantee in guarantees)
         prices[target] = best_of(
             sorted(events, key=repr),
@@ -114,6 +113,13 @@ def tuning_prices(study: Study, over: Sequence[str]) -> dict[float, float]:
             relation=guarantees[0].relation,
         )
     return prices
+
+
+def _promised(experiment: Experiment) -> Guarantee:
+    """The guarantee that an experiment's epsilon speaks of."""
+    plan = experiment.plan()
+    clients = experiment.client_plan(plan.rounds) if experiment.privacy.unit == "example" else None
+    return clients.guarantee if clients is not None else plan.extrapolated or plan.guarantee
 
 
 def _setting(experiment: Experiment, path: str) -> Any:

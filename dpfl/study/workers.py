@@ -17,6 +17,7 @@ from typing import NamedTuple
 import loky
 import numpy as np
 
+from dpfl.clients.example_privacy import ClientPlan
 from dpfl.mechanisms import Plan
 from dpfl.simulation.experiment import Experiment
 from dpfl.study.store import Store
@@ -25,10 +26,11 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Planned(NamedTuple):
-    """An experiment with its plan."""
+    """An experiment with its plans of the server and of the clients."""
 
     experiment: Experiment
     plan: Plan
+    client_plan: ClientPlan | None
 
 
 class Task(NamedTuple):
@@ -129,11 +131,10 @@ def _run_task(slot: int, task: Task) -> None:
     """Does one run, counts its rounds in its slot, and keeps what it leaves behind."""
     from dpfl.simulation.run import run
 
-    experiment, plan = _worker.planned[task.experiment]
+    experiment, plan, client_plan = _worker.planned[task.experiment]
 
     def advance(rounds: int) -> None:
         _worker.rounds[slot] += rounds
 
-    result = run(experiment, plan, task.seed, advance)
-    extrapolated = None if result.extrapolated is None else result.extrapolated.as_dict()
-    _worker.store.write(result.record, result.history, result.guarantee.as_dict(), extrapolated)
+    result = run(experiment, plan, client_plan, task.seed, advance)
+    _worker.store.write(result.record, result.history, result.guarantees())

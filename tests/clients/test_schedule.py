@@ -1,5 +1,6 @@
 """Every example counts once an epoch, in an order of the client's own."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpfl.clients.schedule import minibatches
+from dpfl.clients.schedule import minibatches, poisson_minibatch
 from dpfl.randomness import Purpose, stateless_seed
 
 FALSE_ALARM = 1e-6
@@ -239,3 +240,95 @@ class TestUniformity:
         table = np.zeros((4, 4))
         np.add.at(table, (first[:-1], first[1:]), 1)
         assert stats.chi2_contingency(table)[1] >= FALSE_ALARM
+
+
+@functools.cache
+def _compiled(batch_size: int, max_batch_size: int | None):
+    @tf.function(autograph=False)
+    def draw(records, steps, seed):
+        def one(step):
+            rows, mask = poisson_minibatch(
+                records, step, batch_size=batch_size, max_batch_size=max_batch_size, seed=seed
+            )
+            well_formed = (tf.size(rows) == tf.size(mask)) & (tf.size(rows) >= 1)
+            well_formed &= tf.reduce_all(rows[1:] > rows[:-1]) & tf.reduce_all((rows >= 0) & (rows < records))
+            well_formed &= tf.reduce_all(mask == 1) | tf.reduce_all(tf.equal(mask, [0.0]))
+            drawn = tf.tensor_scatter_nd_add(tf.zeros([records]), rows[:, None], mask)
+            return drawn, well_formed
+
+        return tf.map_fn(one, tf.range(steps), fn_output_signature=(tf.float32, tf.bool))
+
+    return draw
+
+
+def poisson(
+    records: int, steps: int, *, batch_size: int = 4, max_batch_size: int | None = None, seed: np.ndarray = SEED
+) -> np.ndarray:
+    """Who is drawn in which step, bool of shape (steps, records), after a look at rows and masks."""
+    draw = _compiled(batch_size, max_batch_size)
+    drawn, well_formed = draw(tf.constant(records), tf.constant(steps), tf.constant(seed, tf.int32))
+    assert well_formed.numpy().all()
+    return drawn.numpy() > 0
+
+
+class TestPoissonMinibatches:
+    @pytest.mark.parametrize(("records", "batch_size"), [(50, 4), (50, 49), (7, 1), (1000, 1)])
+    def test_each_example_is_drawn_at_the_rate(self, records, batch_size):
+        drawn, rate = poisson(records, 2000, batch_size=batch_size), batch_size / records
+        # All fail together with a probability below 1e-6 under the seed's randomness.
+        low, high = stats.binom.interval(1 - FALSE_ALARM / records, 2000, rate)
+        assert ((drawn.sum(axis=0) >= low) & (drawn.sum(axis=0) <= high)).all()
+        sizes = drawn.sum(axis=1)
+        expected = stats.binom.pmf(np.arange(records + 1), records, rate) * len(sizes)
+        common = expected >= 5
+        observed = np.bincount(sizes, minlength=records + 1)
+        counts = np.append(observed[common], observed[~common].sum())
+        predicted = np.append(expected[common], expected[~common].sum())
+        kept = predicted > 0
+        assert (
+            stats.chisquare(counts[kept], predicted[kept] * counts.sum() / predicted[kept].sum()).pvalue > FALSE_ALARM
+        )
+
+    def test_examples_and_steps_are_independent(self):
+        drawn = poisson(20, 4000, batch_size=6).astype(float)
+        standard = (drawn - 0.3) / np.sqrt(0.3 * 0.7)
+        # Sums of 4,000 products of variance 1: beyond 6.5 standard deviations with 1e-10 each.
+        for lag in (0, 1, 2):
+            products = standard[: len(standard) - lag].T @ standard[lag:] / np.sqrt(len(standard) - lag)
+            if lag == 0:
+                np.fill_diagonal(products, 0)
+            assert np.abs(products).max() < 6.5
+
+    def test_seeds_are_independent(self):
+        one, other = (poisson(20, 2000, batch_size=6, seed=SEED + change) for change in (0, 1))
+        products = (one - 0.3) * (other - 0.3) / 0.21
+        assert np.abs(products.sum(axis=0)).max() / np.sqrt(2000) < 6.5
+        np.testing.assert_array_equal(one[:5], poisson(20, 5, batch_size=6))
+
+    @pytest.mark.parametrize("records", [1, 3, 4])
+    def test_small_clients_take_part_whole(self, records):
+        assert poisson(records, 50, batch_size=4).all()
+
+    def test_empty_minibatches_occur_and_count_nobody(self):
+        empty = (~poisson(30, 1000, batch_size=1).any(axis=1)).sum()
+        low, high = stats.binom.interval(1 - FALSE_ALARM, 1000, (1 - 1 / 30) ** 30)
+        assert low <= empty <= high
+
+    def test_larger_samples_are_cut_to_a_random_part(self):
+        free = poisson(12, 3000, batch_size=4)
+        cut = poisson(12, 3000, batch_size=4, max_batch_size=4)
+        np.testing.assert_array_equal(cut.sum(axis=1), np.minimum(free.sum(axis=1), 4))
+        assert (free | ~cut).all()  # who is left was drawn
+        too_many = free.sum(axis=1) > 4
+        assert too_many.sum() > 800
+        np.testing.assert_array_equal(cut[~too_many], free[~too_many])
+        # Each of a sample of k is kept with probability 4 / k.
+        for size in (5, 6):
+            of_size = free.sum(axis=1) == size
+            kept = [cut[of_size & free[:, example], example] for example in range(12)]
+            for one in kept:
+                low, high = stats.binom.interval(1 - FALSE_ALARM, len(one), 4 / size)
+                assert low <= one.sum() <= high
+
+    def test_a_limit_beyond_the_records_changes_nothing(self):
+        np.testing.assert_array_equal(poisson(5, 100, max_batch_size=9), poisson(5, 100))

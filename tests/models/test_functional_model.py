@@ -1,5 +1,6 @@
 """Keras models as pure functions of their weights."""
 
+import itertools
 import random
 
 import numpy as np
@@ -193,3 +194,58 @@ def test_only_plain_products_are_vectorised() -> None:
     assert FunctionalModel("mlp", SHAPE, CLASSES).vectorizes
     assert not FunctionalModel("cnn", SHAPE, CLASSES).vectorizes
     assert not FunctionalModel(_dropout, SHAPE, CLASSES).vectorizes
+
+
+def _held(layer: tf.keras.layers.Layer) -> list:
+    """Everything that a layer holds: attributes, and members of its lists of weights."""
+    values = list(vars(layer).values()) + layer.trainable_weights + layer.weights
+    return values + [value for cell in getattr(layer, "_flatten_layers", list)() for value in vars(cell).values()]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        _shared,
+        _lazy,
+        _normalised,
+        _dropout,
+        _Subclassed,
+        lambda: tf.keras.Sequential(
+            [layers.Input(SHAPE), layers.Reshape((8, 8)), layers.LSTM(3), layers.Dense(CLASSES)]
+        ),
+        lambda: tf.keras.Sequential(
+            [layers.Input(SHAPE), layers.Reshape((8, 8)), layers.GRU(3), layers.Dense(CLASSES)]
+        ),
+    ],
+    ids=["shared", "lazy", "normalised", "dropout", "subclassed", "lstm", "gru"],
+)
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_bound_layers_hold_the_very_tensors_that_they_are_given(build: object, in_a_loop: bool) -> None:
+    # Per-example clipping tells weights apart by identity.
+    model = FunctionalModel(build, SHAPE, CLASSES)
+    seen = []
+
+    def look(weights: list) -> None:
+        bound = model.bind(weights, tf.constant([1, 2]))
+        held = {id(value) for layer in bound._flatten_layers() for value in _held(layer)}
+        listed = {id(weight) for weight in bound.trainable_weights}
+        seen.append([id(weight) in held and id(weight) in listed for weight in weights])
+        named = [getattr(layer, "kernel", None) for layer in bound._flatten_layers()]
+        seen.append([any(kernel is weight for weight in weights) for kernel in named if kernel is not None])
+
+    @tf.function(autograph=False)
+    def train(*weights: tf.Tensor) -> None:
+        if not in_a_loop:
+            look(list(weights))
+            return
+
+        def body(step: tf.Tensor, weights: list) -> tuple:
+            look(weights)
+            return step + 1, [weight + 1 for weight in weights]
+
+        tf.while_loop(lambda step, _: step < 2, body, (tf.constant(0), list(weights)))
+
+    train(*[tf.constant(weight) for weight in model.initial_weights(0)])
+    assert len(seen) == 2
+    assert all(itertools.chain(*seen))
+    assert len(seen[0]) == len(model.shapes)

@@ -2,6 +2,7 @@
 
 import math
 
+import dp_accounting
 import numpy as np
 import pytest
 
@@ -86,6 +87,49 @@ class TestClientEpsilons:
         assert "No differential privacy" in clients.statement()
 
 
+class TestMinibatches:
+    def test_truncation_is_charged(self):
+        clients = found(max_batch_size=25)
+        one = dp_accounting.TruncatedSubsampledGaussianDpEvent(100, 0.2, 25, 1.5)
+        assert clients.epsilons[1] == epsilon(dp_accounting.SelfComposedDpEvent(one, 12), DELTA)
+        assert clients.epsilons[1] > found().epsilons[1]
+        # Who has no more records than the limit is never truncated.
+        for client in (0, 4):
+            assert clients.epsilons[client] == found().epsilons[client]
+
+    def test_a_whole_client_beyond_the_limit(self):
+        one = dp_accounting.TruncatedSubsampledGaussianDpEvent(18, 1.0, 15, 1.5)
+        clients = found(records=np.array([18]), participations=2, max_batch_size=15)
+        assert clients.epsilons[0] == epsilon(dp_accounting.SelfComposedDpEvent(one, 6), DELTA)
+
+    def test_shuffled_examples_are_in_one_step_an_epoch(self):
+        clients = found(
+            sampling="shuffled",
+            relation="replace_one",
+            records=np.array([10, 40, 41, 400]),
+            local_steps=np.array([3, 4, 4, 4]),
+            participations=5,
+        )
+        # Steps per epoch: 1, 2, 3, 20; each round starts a new epoch.
+        for client, epochs in enumerate((3, 2, 2, 1)):
+            event = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(1.5), epochs * 5)
+            assert clients.epsilons[client] == epsilon(event, DELTA, relation="replace_one")
+        assert "shuffled epoch" in clients.statement()
+        assert "Poisson" not in clients.statement()
+
+    def test_clients_may_differ_in_their_local_steps(self):
+        steps = np.array([1, 2, 3, 4, 5, 6])
+        clients = found(local_steps=steps)
+        for client in range(6):
+            assert clients.epsilons[client] == found(local_steps=int(steps[client])).epsilons[client]
+            assert clients.steps[client] == steps[client] * ROUNDS[client]
+
+    def test_a_coarser_grid_gives_no_less(self):
+        coarse, fine = found(pld_interval=3.2e-3).epsilons, found().epsilons
+        assert (coarse >= fine).all()
+        np.testing.assert_allclose(coarse, fine, rtol=0.01)
+
+
 class TestSummaries:
     def test_worst_and_quantiles_are_epsilons_of_clients(self):
         clients = found()
@@ -154,6 +198,12 @@ class TestRefusals:
             ({"relation": "substitute"}, "relation"),
             ({"accountant": "prv"}, "accountant"),
             ({"noise_multiplier": -1.0}, "noise multiplier"),
+            ({"local_steps": np.array([1, 2])}, "shapes"),
+            ({"sampling": "cyclic"}, "sampling of examples"),
+            ({"sampling": "shuffled"}, "add_or_remove_one"),
+            ({"sampling": "shuffled", "relation": "replace_one", "max_batch_size": 30}, "never larger"),
+            ({"max_batch_size": 0}, "largest minibatch"),
+            ({"max_batch_size": 30, "accountant": "rdp"}, "by the RDP accountant"),
         ],
     )
     def test_one_sentence(self, changed, word):

@@ -48,7 +48,6 @@ class TestPrivacy:
             ("accountant", "PLD"),
             ("accountant", "prv"),
             ("unit", "group"),
-            ("unit", "example"),
         ],
     )
     def test_words_are_known_ones(self, field, value):
@@ -70,6 +69,12 @@ class TestWeakDelta:
 
     def test_is_allowed_knowingly(self):
         check_weak_delta(0.5, 100, allowed=True)
+
+    def test_is_refused_for_examples_in_their_own_words(self):
+        with pytest.raises(
+            InputError, match=r"no privacy for 1000 examples: choose a delta below 1 / examples = 0\.001"
+        ):
+            check_weak_delta(0.001, 1000, allowed=False, units="examples")
 
     def test_below_one_in_the_population_is_fine(self):
         check_weak_delta(0.00999, 100, allowed=False)

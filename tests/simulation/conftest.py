@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpfl.clients import LocalTraining
+from dpfl.clients import ClientTraining
+from dpfl.clients.example_privacy import ClientPlan, plan_clients
 from dpfl.data import FederatedData, from_arrays
 from dpfl.mechanisms import Gaussian, NoMechanism, Plan
 from dpfl.models.functional import FunctionalModel
@@ -42,12 +43,12 @@ class Setup:
         sampler: BaseSampler | None = None,
         relation: str = "add_or_remove_one",
         epsilon: float | None = None,
-        local: LocalTraining | None = None,
+        local: ClientTraining | None = None,
         server: ServerOptimizer | None = None,
         cohort: int = 10,
         seed: int = 0,
     ) -> None:
-        self.local = local or LocalTraining(learning_rate=0.3, batch_size=4, epochs=2)
+        self.local = local or ClientTraining(learning_rate=0.3, batch_size=4, epochs=2)
         self.server = server or ServerOptimizer()
         self.model = FunctionalModel(model, data.example_shape, data.num_classes)
         mechanism = mechanism or (NoMechanism() if clip_norm is None else Gaussian(clip_norm=clip_norm))
@@ -58,8 +59,12 @@ class Setup:
             10,
             dimension=self.model.parameters,
         )
+        self.client_plan: ClientPlan | None = None
+        if self.local.is_private:
+            target = Privacy(unit="example", epsilon=None, delta=1e-3, relation=relation)
+            self.client_plan = plan_clients(self.local, target, self.plan.sampler, data.client_sizes, 10)
         query = self.plan.query(0, self.model.initial_weights(0))
-        self.engine = Engine(data, self.model, self.local.batch_size, self.server, query)
+        self.engine = Engine(data, self.model, self.local, self.server, query)
         self.seed = seed
 
     @property
@@ -68,7 +73,7 @@ class Setup:
 
     @property
     def settings(self) -> Settings:
-        return self.engine.settings(self.local, self.server, self.seed)
+        return self.engine.settings(self.local, self.server, self.seed, self.client_plan)
 
     def run(self, cohorts: list[np.ndarray], state: State | None = None) -> tuple[State, dict[str, np.ndarray]]:
         return self.engine.run_rounds(state or self.state, cohorts, self.settings)

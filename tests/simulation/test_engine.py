@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dpfl.clients import LocalTraining
+from dpfl.clients import ClientTraining
+from dpfl.clients.dp_sgd import ClientSeeds, PrivateUpdate, client_numbers, client_seeds, run_seeds, train_privately
 from dpfl.clients.schedule import minibatches
 from dpfl.data import FederatedData
 from dpfl.randomness import Purpose, stateless_seed
@@ -14,12 +15,34 @@ from dpfl.simulation import engine as engine_module
 from dpfl.simulation.engine import State
 from dpfl.simulation.server import ServerOptimizer
 
+# With a smaller constant Adam makes whole steps of the round-off of tiny gradients.
+ADAM = ClientTraining(learning_rate=0.02, batch_size=3, epochs=2, optimizer="adam", adaptivity=1e-2)
 COHORTS = [np.array([0, 3, 4, 17, 29], np.int32), np.array([], np.int32), np.array([5], np.int32)]
 
 
 def _close(one: Sequence, other: Sequence, tolerance: float = 1e-5) -> None:
     for left, right in zip(one, other, strict=True):
         np.testing.assert_allclose(np.asarray(left), np.asarray(right), rtol=tolerance, atol=tolerance)
+
+
+class _Optimizer:
+    """The clients' optimizers as their papers write them, in NumPy."""
+
+    def __init__(self, local: ClientTraining) -> None:
+        self.local, self.steps, self.first, self.second = local, 0, 0.0, 0.0
+
+    def moves(self, gradients: list[np.ndarray]) -> list[np.ndarray]:
+        local, flat = self.local, np.concatenate([gradient.ravel() for gradient in gradients]).astype(np.float64)
+        self.steps += 1
+        if local.optimizer == "momentum":
+            flat = self.first = local.momentum * self.first + flat
+        elif local.optimizer == "adam":
+            self.first = local.momentum * self.first + (1 - local.momentum) * flat
+            self.second = local.second_momentum * self.second + (1 - local.second_momentum) * flat**2
+            mean = self.first / (1 - local.momentum**self.steps)
+            flat = mean / (np.sqrt(self.second / (1 - local.second_momentum**self.steps)) + local.adaptivity)
+        parts = np.split(local.learning_rate * flat, np.cumsum([gradient.size for gradient in gradients])[:-1])
+        return [part.reshape(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
 
 
 def _reference(setup: object, data: FederatedData, cohorts: list[np.ndarray]) -> list[np.ndarray]:
@@ -45,6 +68,7 @@ def _reference(setup: object, data: FederatedData, cohorts: list[np.ndarray]) ->
                 round_number=tf.constant(round_number),
             )
             keras.set_weights([weight.astype(np.float32) for weight in weights])
+            optimizer = _Optimizer(local)
             for batch, counts in zip(rows[0].numpy(), mask[0].numpy(), strict=True):
                 chosen = batch[counts > 0]
                 with tf.GradientTape() as tape:
@@ -53,8 +77,9 @@ def _reference(setup: object, data: FederatedData, cohorts: list[np.ndarray]) ->
                     )
                     loss = tf.reduce_mean(losses)
                 gradients = tape.gradient(loss, keras.trainable_variables)
-                for variable, gradient in zip(keras.trainable_variables, gradients, strict=True):
-                    variable.assign_sub(local.learning_rate * gradient)
+                moves = optimizer.moves([gradient.numpy() for gradient in gradients])
+                for variable, move in zip(keras.trainable_variables, moves, strict=True):
+                    variable.assign_sub(move.astype(np.float32))
             update = [after - before for after, before in zip(keras.get_weights(), weights, strict=True)]
             norm = np.sqrt(sum(np.sum(part**2) for part in update))
             scale = min(1, plan.clip_norm / norm) if norm else 1
@@ -80,7 +105,10 @@ def _reference(setup: object, data: FederatedData, cohorts: list[np.ndarray]) ->
     [
         ("softmax", {}),
         ("softmax", {"clip_norm": None}),
-        ("mlp", {"local": LocalTraining(learning_rate=0.1, batch_size=3, steps=5)}),
+        ("mlp", {"local": ClientTraining(learning_rate=0.1, batch_size=3, steps=5)}),
+        ("softmax", {"local": ClientTraining(learning_rate=0.1, batch_size=3, epochs=2, optimizer="momentum")}),
+        ("mlp", {"local": ADAM}),
+        ("cnn", {"local": ADAM}),
         ("cnn", {"epsilon": 4.0, "server": ServerOptimizer(name="momentum", learning_rate=0.5)}),
         ("softmax", {"epsilon": 4.0, "server": ServerOptimizer(name="adam", learning_rate=0.1)}),
     ],
@@ -91,9 +119,12 @@ def test_rounds_equal_a_plain_loop(model: str, options: dict, setup: Callable, i
     _close(state.weights, _reference(configured, images, COHORTS), 2e-5)
 
 
-@pytest.mark.parametrize("model", ["softmax", "mlp"])
-def test_side_by_side_equals_one_by_one(model: str, setup: Callable) -> None:
-    together, alone = setup(model), setup(model)
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [("softmax", "sgd"), ("mlp", "sgd"), ("softmax", "momentum"), ("mlp", "adam")]
+)
+def test_side_by_side_equals_one_by_one(model: str, optimizer: str, setup: Callable) -> None:
+    local = ClientTraining(learning_rate=0.05, batch_size=4, epochs=2, optimizer=optimizer)
+    together, alone = setup(model, local=local), setup(model, local=local)
     assert together.engine._vectorizes
     alone.engine._vectorizes = False
     (one, measured), (other, measured_alone) = together.run(COHORTS), alone.run(COHORTS)
@@ -134,7 +165,7 @@ def test_an_empty_cohort_releases_noise_divided_by_the_expected_cohort(setup: Ca
 
 @pytest.mark.parametrize("model", ["softmax", "cnn"])
 def test_one_client_more_moves_the_model_by_at_most_clip_over_cohort(model: str, setup: Callable) -> None:
-    configured = setup(model, clip_norm=0.05, local=LocalTraining(learning_rate=2.0, batch_size=2, epochs=3))
+    configured = setup(model, clip_norm=0.05, local=ClientTraining(learning_rate=2.0, batch_size=2, epochs=3))
     base, _ = configured.run([np.arange(8, dtype=np.int32)])
     for client in range(8, 14):
         more, _ = configured.run([np.append(np.arange(8), client).astype(np.int32)])
@@ -143,7 +174,7 @@ def test_one_client_more_moves_the_model_by_at_most_clip_over_cohort(model: str,
 
 
 def test_diverging_clients_count_as_zero(setup: Callable) -> None:
-    configured = setup("mlp", local=LocalTraining(learning_rate=1e30, batch_size=2, epochs=3))
+    configured = setup("mlp", local=ClientTraining(learning_rate=1e30, batch_size=2, epochs=3))
     state, measured = configured.run([np.arange(6, dtype=np.int32)])
     assert measured["non_finite_updates"] == 6
     _close(state.weights, configured.state.weights, 0)
@@ -171,7 +202,7 @@ def test_configurations_share_one_graph(setup: Callable, monkeypatch: pytest.Mon
     results = []
     for clip_norm, rate, epsilon in ((0.1, 0.1, None), (0.4, 0.2, 3.0), (None, 0.3, None)):
         other = setup(
-            clip_norm=clip_norm, epsilon=epsilon, local=LocalTraining(learning_rate=rate, batch_size=4, steps=3)
+            clip_norm=clip_norm, epsilon=epsilon, local=ClientTraining(learning_rate=rate, batch_size=4, steps=3)
         )
         own, _ = other.run(COHORTS)
         other.engine = shared
@@ -205,3 +236,62 @@ def test_evaluation_equals_keras_on_more_examples_than_a_batch(
     keras.compile(loss=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     loss, accuracy = keras.evaluate(images.x_test, images.y_test, verbose=0)
     assert configured.engine.evaluate(state, "test") == pytest.approx((accuracy, loss), rel=1e-5)
+
+
+PRIVATE = ClientTraining(learning_rate=0.3, batch_size=3, steps=3, example_clip=0.4, example_noise=0.8)
+
+
+@pytest.mark.parametrize(
+    "local", [PRIVATE, PRIVATE.replace(epochs=2, steps=None, optimizer="adam", learning_rate=0.02)]
+)
+@pytest.mark.parametrize("epsilon", [None, 4.0])
+def test_private_clients_train_one_by_one_and_are_aggregated_alike(
+    local: ClientTraining, epsilon: float | None, setup: Callable, images: FederatedData
+) -> None:
+    configured = setup("mlp", local=local, epsilon=epsilon, clip_norm=0.3, seed=3)
+    state, measured = configured.run(COHORTS)
+    numbers = client_numbers(local, configured.client_plan.noise_multiplier)
+
+    @tf.function(autograph=False, reduce_retracing=True)
+    def train(weights: list, x: tf.Tensor, y: tf.Tensor, seeds: ClientSeeds) -> PrivateUpdate:
+        return train_privately(configured.model, weights, x, y, training=local, numbers=numbers, seeds=seeds)
+
+    weights = [tf.constant(weight) for weight in configured.model.initial_weights(3)]
+    query = configured.plan.query(3)
+    query_state = query.initial_global_state()
+    for number, cohort in enumerate(COHORTS):
+        total, fractions = query.initial_sample_state(weights), []
+        for client in cohort:
+            rows = slice(*images.offsets[client : client + 2])
+            seeds = client_seeds(run_seeds(3), tf.constant(number), tf.constant(client))
+            update, fraction = train(weights, tf.constant(images.x[rows]), tf.constant(images.y[rows]), seeds)
+            record = query.preprocess_record(query.derive_sample_params(query_state), update)
+            total = query.accumulate_preprocessed_record(total, record)
+            fractions.append(float(fraction))
+        mean, query_state, _ = query.get_noised_result(total, query_state)
+        weights = [weight + part for weight, part in zip(weights, mean, strict=True)]
+        expected = np.mean(fractions) if fractions else 0
+        assert measured["example_clipped_fraction"][number] == pytest.approx(expected, abs=1e-6)
+    _close(state.weights, weights, 2e-5)
+
+
+def test_private_configurations_share_one_graph(setup: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    compile_once = engine_module._compile
+    monkeypatch.setattr(
+        engine_module, "_compile", lambda function, *rest: compiled.append(function) or compile_once(function, *rest)
+    )
+    first = setup(local=PRIVATE)
+    first.run(COHORTS)
+    for change in ({"example_clip": 0.1}, {"example_noise": 3.0}, {"learning_rate": 0.1}, {"steps": None, "epochs": 2}):
+        other = setup(local=PRIVATE.replace(**change))
+        own, _ = other.run(COHORTS)
+        other.engine = first.engine
+        shared, _ = other.run(COHORTS)
+        _close(own.weights, shared.weights)
+    assert len(compiled) == 5
+
+
+def test_plain_clients_have_no_measurements_of_private_ones(setup: Callable) -> None:
+    _, measured = setup().run(COHORTS)
+    assert "example_clipped_fraction" not in measured

@@ -1,5 +1,6 @@
 """Studies: grids, what is kept, and what a crash or a second worker may not change."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 
 import dpfl
+from dpfl.cli import main
 from dpfl.privacy import Privacy
 from dpfl.study import grid, tradeoff, tuning_prices
 from dpfl.study.store import Store
@@ -22,7 +24,7 @@ from dpfl.study.store import Store
 def base() -> dpfl.Experiment:
     return dpfl.Experiment(
         data=dpfl.data.digits(clients=40),
-        local=dpfl.LocalTraining(learning_rate=0.3, batch_size=5, steps=2),
+        local=dpfl.ClientTraining(learning_rate=0.3, batch_size=5, steps=2),
         mechanism=dpfl.Gaussian(clip_norm=0.5),
         privacy=dpfl.Privacy(epsilon=8, delta=1e-2),
         sampler=dpfl.Poisson(cohort=20),
@@ -115,6 +117,45 @@ def test_study_keeps_runs_and_goes_on(base: dpfl.Experiment, tmp_path: Path) -> 
     pd.testing.assert_frame_equal(csv, again.astype({"local_epochs": float}), check_dtype=False)
     guarantee = json.loads((records / broken).read_text())["guarantee"]
     assert {"epsilon", "delta", "unit", "relation", "sampler", "accountant", "assumptions"} <= set(guarantee)
+
+
+def test_both_guarantees_travel_through_workers_and_are_verified(
+    base: dpfl.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    users = base.replace(**{"local.example_clip": 1.0, "local.example_noise": 2.0, "privacy.delta": 1e-4})
+    private = dpfl.ClientTraining(learning_rate=0.3, batch_size=5, steps=2, example_clip=1.0, optimizer="adam")
+    examples = users.replace(mechanism=dpfl.NoMechanism(), local=private, **{"privacy.unit": "example"})
+    study = dpfl.Study([users, examples], seeds=1).run(tmp_path, workers=2, progress=False)
+    frame = study.frame()
+    assert frame["unit"].tolist() == ["user", "example"]
+    assert frame["client_optimizer"].tolist() == ["sgd", "adam"]
+    assert frame["example_noise_multiplier"].tolist() == [2.0, examples.client_plan().noise_multiplier]
+    assert (frame["epsilon_spent"] <= 8).all()
+    assert frame["example_epsilon"][1] == frame["epsilon_spent"][1] != frame["example_epsilon"][0]
+    for experiment in (users, examples):
+        path = tmp_path / "records" / f"{experiment.run_id(0)}.json"
+        content = json.loads(path.read_text())
+        assert content["guarantee"]["unit"] == experiment.privacy.unit
+        assert content["example_guarantee"] == experiment.client_plan().guarantee.as_dict()
+        monkeypatch.setattr(sys, "argv", ["dpfl", "verify", str(path)])
+        with contextlib.suppress(SystemExit):
+            main()
+        assert capsys.readouterr().out.count("confirmed") == (2 if experiment is users else 1)
+        content["record"]["example_epsilon"] /= 2
+        path.write_text(json.dumps(content))
+        with pytest.raises(SystemExit) as refused:
+            main()
+        assert refused.value.code == 2
+        assert "do not rely on it" in capsys.readouterr().err
+
+
+def test_tuning_prices_of_example_level_targets(base: dpfl.Experiment) -> None:
+    private = dpfl.ClientTraining(learning_rate=0.3, batch_size=5, steps=2, example_clip=1.0)
+    privacy = dpfl.Privacy(unit="example", epsilon=2.0, delta=1e-4)
+    examples = base.replace(mechanism=dpfl.NoMechanism(), local=private, privacy=privacy)
+    study = dpfl.Study(examples, {"local.learning_rate": [0.1, 0.2, 0.3]})
+    event = examples.client_plan().guarantee.privacy_event()
+    assert tuning_prices(study, ["local.learning_rate"]) == {2.0: dpfl.privacy.best_of(event, 1e-4, trials=3)}
 
 
 def test_models_made_in_a_notebook_reach_the_workers(base: dpfl.Experiment, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import tensorflow as tf
 
 from dpfl.clients.per_example.contributions import Contribution, Direct
-from dpfl.clients.per_example.recurrent import RECURRENT_RULES
+from dpfl.clients.per_example.recurrent import RECURRENT_RULES, starts_masked
 from dpfl.clients.per_example.rules import LAYER_RULES, Noted, Rule, again_by_example, replaced
+from dpfl.errors import InputError
 
 
 class Capture(contextlib.AbstractContextManager["Capture"]):
@@ -44,13 +45,15 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._tape, self._batch = tape, batch
         self._owners = list(owners(model, weights))
         self.layers = [-1 - index for index in range(len(weights))]
-        for number, (_, held) in enumerate(self._owners):
-            for weight in held:
+        for number, (_, held) in reversed(list(enumerate(self._owners))):
+            for weight in held:  # A weight that lies in several layers belongs to the first.
                 self.layers[self._index[id(weight)]] = number
         self._noted: list[tuple[Noted, int | None]] = []
         self._restore = contextlib.ExitStack()
         self._running_again = False
         self._model = model
+        self._graph = _graph()
+        self._refusal: InputError | None = None
         # How many rows of the first axis belong to one example: more than one inside of TimeDistributed.
         self._rows_per_example: int | None = 1
 
@@ -62,8 +65,10 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 self._restore.enter_context(replaced(layer, call=self._steps_as_rows(layer), _always_use_reshape=True))
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, kind: object, failure: BaseException | None, *_: object) -> None:
         self._restore.close()
+        if self._refusal is not None:  # AutoGraph puts others around what is raised inside of a model.
+            raise self._refusal from failure
 
     @property
     def watched(self) -> list[tf.Tensor]:
@@ -82,23 +87,41 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         return uses
 
     def _put_in_place(self, layer: tf.keras.layers.Layer, held: list[Any]) -> None:
-        original, rule = layer.call, rule_for(layer)
-        more = {"trained": held} if rule is again_by_example else {}
+        # As Keras would call it, with its Python control flow translated where the model runs in a graph.
+        original, its_rule = layer._autographed_call(), rule_for(layer)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            if self._running_again:
+            if self._running_again or self._is_keras_building():
                 return original(*arguments, **options)
+            if _graph() is not self._graph:
+                self._refusal = InputError(
+                    f"the layer {layer.name} is called inside of a TensorFlow loop, branch or function, where its "
+                    "gradients cannot be seen: call it from Python itself, or write one layer that holds the weights "
+                    "and does the whole."
+                )
+                raise self._refusal
+            rule = again_by_example if starts_masked(layer, *arguments, **options) else its_rule
+            more = {"trained": held} if rule is again_by_example else {}
             noted = rule(layer, original, self, *arguments, **more, **options)
             self._noted.append((noted, self._rows_per_example))
             return noted.outputs
 
         self._restore.enter_context(replaced(layer, call=tf.autograph.experimental.do_not_convert(call)))
 
+    def _is_keras_building(self) -> bool:
+        """Whether Keras only infers shapes, as a `Sequential` without inputs does at a new batch size."""
+        graph = _graph()
+        while graph is not None and graph is not self._graph:
+            if getattr(graph, "name", "").endswith("_scratch_graph"):
+                return True
+            graph = getattr(graph, "outer_graph", None)
+        return False
+
     def _steps_as_rows(self, layer: tf.keras.layers.TimeDistributed) -> Callable[..., Any]:
         original = layer.call
 
-        def call(inputs: tf.Tensor, **options: Any) -> Any:
-            before, steps = self._rows_per_example, inputs.shape[1]
+        def call(inputs: Any, **options: Any) -> Any:
+            before, steps = self._rows_per_example, tf.nest.flatten(inputs)[0].shape[1]
             self._rows_per_example = None if before is None or steps is None else before * steps
             try:
                 return original(inputs, **options)
@@ -146,13 +169,19 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 def rule_for(layer: tf.keras.layers.Layer) -> Rule:
     """The layer's rule; the general one for layers that have none, or that change what Keras' own computes."""
     for kind, (fits, rule) in (LAYER_RULES | RECURRENT_RULES).items():
-        if isinstance(layer, kind) and _call_of(type(layer)) is _call_of(kind) and fits(layer):
+        if isinstance(layer, kind) and _computes_as(type(layer), kind) and fits(layer):
             return rule
     return again_by_example
 
 
-def _call_of(kind: type) -> Any:
-    return getattr(kind, "call", None)
+def _computes_as(one: type, other: type) -> bool:
+    methods = ("call", "convolution_op")  # Keras documents the second as one to override.
+    return all(getattr(one, method, None) is getattr(other, method, None) for method in methods)
+
+
+def _graph() -> Any:
+    """The graph that operations are added to; None where they are run at once."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 def owners(

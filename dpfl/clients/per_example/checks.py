@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,28 +41,40 @@ def check_model(model: tf.keras.Model, x: Any) -> None:
         raise InputError("the model has no trainable weights, so that nothing can be trained: add a layer that trains.")
     for layer, _ in owners(model, weights):
         _check_randomness(layer)
-    try:
-        with _without_randomness(model):
-            together = _by_book_keeping(model, weights, x)
+    with _unchanged(model), _without_randomness(model):
+        _perturb(weights)
+        frozen = [(variable, variable.numpy()) for variable in model.non_trainable_variables]
+        try:
             alone = [_by_backward_pass(model, weights, x, example) for example in range(3)]
-    except Exception as error:
-        raise InputError(
-            f"the gradients of single examples of the model {model.name} cannot be computed: "
-            f"{str(error).strip().splitlines()[0].rstrip('.')}."
-        ) from error
+            _check_traces(model, frozen)
+            together = _by_book_keeping(model, weights, x)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the gradients of single examples of the model {model.name} cannot be computed, as a layer cannot be "
+                "run for one example or gets something that has not the examples along its first axis "
+                f"({_in_short(error)}): let each layer treat each example on its own."
+            ) from error
     largest = max(np.abs(part).max(initial=0.0) for gradients in alone for part in gradients)
     for weight, found, *expected in zip(weights, together, *alone, strict=True):
-        difference = np.abs(found - np.stack(expected)).max(initial=0.0)
-        if not difference <= _TOLERANCE * np.abs(expected).max(initial=0.0) + _ROUNDING * largest:
+        is_close = (
+            found.shape == (3, *weight.shape)
+            and np.abs(found - np.stack(expected)).max(initial=0.0)
+            <= _TOLERANCE * np.abs(expected).max(initial=0.0) + _ROUNDING * largest
+        )
+        if not is_close:
             raise InputError(
                 f"the gradients of single examples come out wrong for the weight {weight.name}: the model lets "
-                "examples change each other, draws random numbers, or uses the weight outside of the layer that holds "
-                "it; let each layer use its own weights, and treat each example on its own."
+                "examples change each other, draws random numbers, calls a layer on something that has not the "
+                "examples along its first axis, or uses the weight outside of the layer that holds it; let each layer "
+                "use its own weights, and treat each example on its own."
             )
 
 
 def _check_layer(layer: tf.keras.layers.Layer) -> None:
-    if isinstance(layer, tf.keras.layers.BatchNormalization):
+    # A frozen one takes its kept statistics.
+    if isinstance(layer, tf.keras.layers.BatchNormalization) and layer.trainable:
         raise InputError(
             f"the layer {layer.name} (BatchNormalization) mixes the examples of a minibatch, so that no gradient is "
             "one example's own: use GroupNormalization or LayerNormalization instead."
@@ -95,9 +109,56 @@ def _check_randomness(layer: tf.keras.layers.Layer) -> None:
 
 
 def _is_random(layer: tf.keras.layers.Layer) -> bool:
-    if hasattr(layer, "recurrent_dropout"):  # Recurrent layers and their cells have a generator that they may not use.
-        return bool(layer.dropout or layer.recurrent_dropout)
-    return hasattr(layer, "_random_generator")
+    if not hasattr(layer, "_random_generator"):
+        return False
+    rates = [getattr(layer, name) for name in ("rate", "dropout", "recurrent_dropout") if hasattr(layer, name)]
+    return not rates or any(rates)  # Attention, recurrent layers and their cells have a generator they may not use.
+
+
+def _check_traces(model: tf.keras.Model, frozen: list[tuple[tf.Variable, np.ndarray]]) -> None:
+    """Refuses what a call leaves behind: it would be released without noise, or silently not be trained on."""
+    for variable, before in frozen:
+        if not np.array_equal(variable.numpy(), before, equal_nan=True):
+            raise InputError(
+                f"the weight {variable.name} is not trained but changes when the model is called in training mode, so "
+                "that it would keep what the examples are without noise: leave out what updates it."
+            )
+    for layer in model._flatten_layers():
+        if layer._losses or layer._eager_losses:
+            raise InputError(
+                f"the layer {layer.name} adds a loss of its own (add_loss) for each minibatch, which cannot be clipped "
+                "by example: make it an output of the model and a part of the loss."
+            )
+
+
+@contextlib.contextmanager
+def _unchanged(model: tf.keras.Model) -> Iterator[None]:
+    """Gives the model back its weights, and forgets the losses of its last call."""
+    before = [(variable, variable.numpy()) for variable in model.variables]
+    try:
+        yield
+    finally:
+        for variable, value in before:
+            variable.assign(value)
+        for layer in model._flatten_layers():
+            layer._clear_losses()
+
+
+def _perturb(weights: list[tf.Variable]) -> None:
+    """Moves the weights a little away from where they are: a zero would hide everything before it."""
+    generator = np.random.default_rng(0)
+    for weight in weights:
+        value = weight.numpy()
+        spread = 0.1 * np.sqrt(np.mean(np.square(value))) if value.any() else 0.1
+        weight.assign(value + spread * generator.normal(size=value.shape))
+
+
+def _in_short(error: Exception) -> str:
+    """The line that says what went wrong, without where Keras and AutoGraph were."""
+    lines = [line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()]
+    plain = [line for line in lines if "Exception encountered" not in line and not line.startswith("in user code")]
+    named = [line for line in plain if re.match(r"\w+Error: ", line)]
+    return (named or plain or [type(error).__name__])[0]
 
 
 class _NoRandomness:
@@ -131,8 +192,12 @@ def _probe(outputs: Any, rows: slice) -> tf.Tensor:
 
 
 def _by_book_keeping(model: tf.keras.Model, weights: list[tf.Variable], x: Any) -> list[np.ndarray]:
-    found = example_gradients(model, weights, lambda outputs, _: _probe(outputs, slice(3)), x, None, tf.ones(3))
-    return [part.numpy() for part in found]
+    def found() -> list[tf.Tensor]:
+        return example_gradients(model, weights, lambda outputs, _: _probe(outputs, slice(3)), x, None, tf.ones(3))
+
+    # What Keras' own layers do is the same at once and in a graph; what others do need not be.
+    of_keras = all(type(layer).__module__.startswith("keras.") for layer in model._flatten_layers())
+    return [part.numpy() for part in (found if of_keras else tf.function(found))()]
 
 
 def _by_backward_pass(model: tf.keras.Model, weights: list[tf.Variable], x: Any, example: int) -> list[np.ndarray]:

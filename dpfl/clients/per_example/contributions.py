@@ -14,6 +14,13 @@ import tensorflow as tf
 # Writing and reading an element of a per-example gradient costs as much as so many multiplications (CPU, float32).
 _MULTIPLICATIONS_PER_ELEMENT = 16
 
+# Added to sums of squares: what is lost of them in float32, where squares below 1e-38 count as zero.
+_UNDERFLOW = 1e-36
+
+# Where positions cancel so far that less than the first remains of a squared norm, the second of what cancelled is
+# added to it: more than its rounding error, which would make the gradient look shorter than it is.
+_CANCELLED, _ROUNDING = 1e-2, 5e-7
+
 
 class Contribution(Protocol):
     """The gradients of all examples with respect to one weight, (batch, *shape of the weight), in some form."""
@@ -84,11 +91,13 @@ class Product:
         positions = self.inputs.shape[1]
         if positions == 1:
             inputs, gradients = (tf.reduce_sum(tf.square(part), axis=[1, 2]) for part in (self.inputs, self.gradients))
-            return inputs * gradients
+            return (inputs + _UNDERFLOW) * (gradients + _UNDERFLOW)
         if self._is_cheaper_by_positions(positions):
             inputs, gradients = (tf.matmul(part, part, transpose_b=True) for part in (self.inputs, self.gradients))
-            # What cancels may leave a rounding error below zero.
-            return tf.maximum(tf.reduce_sum(inputs * gradients, axis=[1, 2]), 0.0)
+            lengths = tf.sqrt(tf.linalg.diag_part(inputs) + _UNDERFLOW) * tf.sqrt(
+                tf.linalg.diag_part(gradients) + _UNDERFLOW
+            )
+            return _not_below(tf.reduce_sum(inputs * gradients, axis=[1, 2]), tf.square(tf.reduce_sum(lengths, axis=1)))
         # Transposed, as the narrower gradients are the better left side.
         self._matrices = tf.matmul(self.gradients, self.inputs, transpose_a=True)
         return tf.reduce_sum(tf.square(self._matrices), axis=[1, 2])
@@ -136,7 +145,11 @@ class Rows:
         """See `Contribution`. Positions that looked up the same row add up before they are squared."""
         products = tf.matmul(self.gradients, self.gradients, transpose_b=True)
         same = self.rows[:, :, None] == self.rows[:, None, :]
-        return tf.maximum(tf.reduce_sum(tf.where(same, products, 0.0), axis=[1, 2]), 0.0)
+        lengths = tf.sqrt(tf.linalg.diag_part(products))
+        uncancelled = tf.where(same, lengths[:, :, None] * lengths[:, None, :], 0.0)
+        return _not_below(
+            tf.reduce_sum(tf.where(same, products, 0.0), axis=[1, 2]), tf.reduce_sum(uncancelled, axis=[1, 2])
+        )
 
     def weighted_sum(self, factors: tf.Tensor) -> tf.Tensor:
         """See `Contribution`."""
@@ -173,6 +186,12 @@ def combined(uses: Sequence[Contribution]) -> Contribution:
         assert isinstance(first, Rows)
         return Rows(rows, gradients, first.shape)
     return Direct(tf.add_n([use.materialized() for use in uses]))
+
+
+def _not_below(squared_norms: tf.Tensor, uncancelled: tf.Tensor) -> tf.Tensor:
+    """Squared norms that are not shorter than the gradients; `uncancelled` is what they were if nothing cancelled."""
+    above = tf.maximum(squared_norms, 0.0) + _ROUNDING * uncancelled
+    return tf.where(squared_norms < _CANCELLED * uncancelled, above, squared_norms)
 
 
 def _only(counted: tf.Tensor, values: tf.Tensor) -> tf.Tensor:

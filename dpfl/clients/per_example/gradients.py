@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from dpfl.clients.per_example.capture import Capture
 from dpfl.clients.per_example.contributions import Contribution, combined
+from dpfl.errors import InputError
 
 Clipping = Literal["flat", "per_layer", "automatic"]
 
@@ -72,6 +73,9 @@ def clipped_gradients(
             the part of each of the L layers with weights down to clip_norm / sqrt(L) on its own; "automatic" scales
             every gradient g by clip_norm / (|g| + 0.01), up or down (AUTO-S, Bu et al. 2023, 2206.07136).
         microbatch_size: how many examples are worked on at a time, which bounds the memory; None for all.
+
+    Raises:
+        InputError: `losses_of` does not give one number for each example.
     """
     clip_norm = tf.convert_to_tensor(clip_norm, tf.float32)
 
@@ -122,7 +126,12 @@ def _backward(
     with tf.GradientTape(watch_accessed_variables=False) as tape, Capture(model, weights, tape, batch) as capture:
         outputs = model(x, training=True)
         losses = tf.cast(losses_of(outputs, y), tf.float32)
-        total = tf.reduce_sum(losses * example_weights)
+        if losses.shape.rank != 1:
+            raise InputError(
+                "the loss must give one number for each example, (batch,), so that examples can be clipped on their "
+                f"own, but it gives shape {losses.shape}: use a loss without reduction."
+            )
+        total = tf.reduce_sum(tf.ensure_shape(losses, example_weights.shape) * example_weights)
     gradients = tape.gradient(total, capture.watched, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     return outputs, losses, capture.contributions(gradients), capture.layers
 

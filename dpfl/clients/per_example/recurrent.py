@@ -24,9 +24,9 @@ Step = Callable[[tf.Tensor, tf.Tensor, list[tf.Tensor]], list[tf.Tensor]]
 def _recurrent(
     layer: Any,
     capture: Capture,
-    inputs: tf.Tensor,
+    inputs: Any,
     mask: tf.Tensor | None,
-    states: int,
+    initial_state: Any,
     step: Step,
     input_bias: Any,
     recurrent_bias: Any,
@@ -36,19 +36,20 @@ def _recurrent(
     Args:
         layer: the recurrent layer.
         capture: notes.
-        inputs: (batch, steps, width).
+        inputs: (batch, steps, width), or a list of these and the initial states, as functional models pass them.
         mask: which steps count, (batch, steps), or None.
-        states: how many state tensors the cell has, the output first.
+        initial_state: the states before the first step, of which the output is the first; None for zeros.
         step: from the input's products, the state's products, and the states to the new states.
         input_bias: added to the input's products, or None.
         recurrent_bias: added to the state's products, or None.
     """
     cell = layer.cell
+    inputs, initial_state, _ = layer._process_inputs(inputs, initial_state, None)
     inputs = tf.cast(inputs, tf.float32)
     if layer.go_backwards:
         inputs = tf.reverse(inputs, axis=[1])
         mask = None if mask is None else tf.reverse(mask, axis=[1])
-    batch, steps = tf.shape(inputs)[0], tf.shape(inputs)[1]
+    steps = tf.shape(inputs)[1]
     products = tf.tensordot(inputs, cell.kernel, 1)
     if input_bias is not None:
         products += input_bias
@@ -68,15 +69,15 @@ def _recurrent(
             new = [tf.where(mask_by_step[index], after, before) for after, before in zip(new, state, strict=True)]
         return index + 1, new, kept.write(index, new[0])
 
-    nothing = [tf.zeros([batch, units]) for _ in range(states)]
+    start = [tf.ensure_shape(state, [inputs.shape[0], units]) for state in initial_state]
     kept = tf.TensorArray(tf.float32, steps, element_shape=[inputs.shape[0], units])
     _, last, kept = tf.while_loop(
-        lambda index, *_: index < steps, body, (tf.constant(0), nothing, kept), maximum_iterations=steps
+        lambda index, *_: index < steps, body, (tf.constant(0), start, kept), maximum_iterations=steps
     )
     sequence = tf.transpose(kept.stack(), [1, 0, 2])
     sequence.set_shape([inputs.shape[0], inputs.shape[1], units])
     outputs = sequence if layer.return_sequences else last[0]
-    before = tf.pad(sequence, [[0, 0], [1, 0], [0, 0]])[:, :-1]
+    before = tf.concat([start[0][:, None], sequence[:, :-1]], axis=1)
     before.set_shape(sequence.shape)
 
     def contributions(of_products: tf.Tensor, of_added: tf.Tensor) -> Pairs:
@@ -98,7 +99,13 @@ def _recurrent(
 
 
 def _lstm(
-    layer: Any, call: Any, capture: Capture, inputs: tf.Tensor, mask: Any = None, training: Any = None, **_: Any
+    layer: Any,
+    call: Any,
+    capture: Capture,
+    inputs: Any,
+    mask: Any = None,
+    training: Any = None,
+    initial_state: Any = None,
 ) -> Noted:
     cell = layer.cell
 
@@ -108,11 +115,17 @@ def _lstm(
         carry += cell.recurrent_activation(entering) * cell.activation(candidate)
         return [cell.recurrent_activation(leaving) * cell.activation(carry), carry]
 
-    return _recurrent(layer, capture, inputs, mask, 2, step, cell.bias if cell.use_bias else None, None)
+    return _recurrent(layer, capture, inputs, mask, initial_state, step, cell.bias if cell.use_bias else None, None)
 
 
 def _gru(
-    layer: Any, call: Any, capture: Capture, inputs: tf.Tensor, mask: Any = None, training: Any = None, **_: Any
+    layer: Any,
+    call: Any,
+    capture: Capture,
+    inputs: Any,
+    mask: Any = None,
+    training: Any = None,
+    initial_state: Any = None,
 ) -> Noted:
     cell = layer.cell
 
@@ -124,18 +137,24 @@ def _gru(
         return [kept * state[0] + (1 - kept) * cell.activation(candidate + reset * recurrent_candidate)]
 
     biases = tf.unstack(cell.bias) if cell.use_bias else (None, None)
-    return _recurrent(layer, capture, inputs, mask, 1, step, *biases)
+    return _recurrent(layer, capture, inputs, mask, initial_state, step, *biases)
 
 
 def _simple(
-    layer: Any, call: Any, capture: Capture, inputs: tf.Tensor, mask: Any = None, training: Any = None, **_: Any
+    layer: Any,
+    call: Any,
+    capture: Capture,
+    inputs: Any,
+    mask: Any = None,
+    training: Any = None,
+    initial_state: Any = None,
 ) -> Noted:
     cell = layer.cell
 
     def step(products: tf.Tensor, recurrent: tf.Tensor, state: list[tf.Tensor]) -> list[tf.Tensor]:
         return [cell.activation(products + recurrent)]
 
-    return _recurrent(layer, capture, inputs, mask, 1, step, cell.bias if cell.use_bias else None, None)
+    return _recurrent(layer, capture, inputs, mask, initial_state, step, cell.bias if cell.use_bias else None, None)
 
 
 def _is_plain(layer: Any) -> bool:
@@ -143,6 +162,17 @@ def _is_plain(layer: Any) -> bool:
     return not (
         layer.stateful or layer.time_major or layer.zero_output_for_mask or layer.dropout or layer.recurrent_dropout
     )
+
+
+def starts_masked(
+    layer: Any, inputs: Any, mask: Any = None, training: Any = None, initial_state: Any = None, **_: Any
+) -> bool:
+    """Whether a recurrent layer's first steps may be masked after a state that is given.
+
+    What Keras gives out at such steps is zero, and not the state, as the rules here have it.
+    """
+    is_given = initial_state is not None or isinstance(inputs, list | tuple)
+    return isinstance(layer, tf.keras.layers.RNN) and is_given and mask is not None
 
 
 RECURRENT_RULES: dict[type, tuple[Callable[[Any], bool], Rule]] = {

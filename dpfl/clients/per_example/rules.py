@@ -134,7 +134,9 @@ def _convolution(layer: Any, call: Callable[..., Any], capture: Capture, inputs:
             found.append((layer.kernel, Product(rows, columns, shape)))
         else:
             by_group = _split_last(rows, [window, layer.groups, channels])
-            kernels = tf.einsum("bpwgc,bpgf->bwcgf", by_group, _split_last(columns, [layer.groups, -1]))
+            kernels = tf.einsum(
+                "bpwgc,bpgf->bwcgf", by_group, _split_last(columns, [layer.groups, filters // layer.groups])
+            )
             found.append((layer.kernel, Direct(tf.reshape(kernels, [-1, *shape]))))
         if layer.use_bias:
             found.append((layer.bias, capture.summed(gradients, (filters,))))
@@ -242,7 +244,7 @@ def again_by_example(
     watched = [part for part in tf.nest.flatten(outputs) if is_real(part)]
     given = tf.nest.flatten((arguments, options))
     # A tensor of rank 0 (the training phase, say) is the same for all examples.
-    by_example = [index for index, part in enumerate(given) if tf.is_tensor(part) and part.shape.rank]
+    by_example = [index for index, part in enumerate(given) if tf.is_tensor(part) and part.shape.rank != 0]
 
     def of_one(parts: tuple[list[tf.Tensor], list[tf.Tensor]]) -> list[tf.Tensor]:
         inputs, gradients = parts
