@@ -12,43 +12,44 @@ from typing import Any
 import tensorflow as tf
 
 
-def normal_like(structure: Any, seed: tf.Tensor) -> Any:
-    """Independent standard normal float32 tensors in the shapes of a structure.
+def normal_like(structure: Any, seed: tf.Tensor, stddev: tf.Tensor | float = 1.0) -> Any:
+    """Independent normal float32 tensors of mean 0 in the shapes of a structure.
 
     Args:
         structure: tensors.
         seed: int32, shape (2,); the draws are a function of it.
+        stddev: their standard deviation, a float32 scalar.
     """
     parts = tf.nest.flatten(structure)
     sizes = [tf.size(part) for part in parts]
-    draws = tf.split(_normal(tf.add_n(sizes), seed), sizes, num=len(parts))
+    count = tf.add_n(sizes)
+    drawn = _normal(count, seed, tf.convert_to_tensor(stddev, tf.float32))
+    *draws, _ = tf.split(drawn, [*sizes, tf.size(drawn) - count], num=len(parts) + 1)
     shaped = [tf.reshape(draw, tf.shape(part)) for draw, part in zip(draws, parts, strict=True)]
     for draw, part in zip(shaped, parts, strict=True):
         draw.set_shape(part.shape)
     return tf.nest.pack_sequence_as(structure, shaped)
 
 
-def _normal(count: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Box and Muller's transform of uniforms of 64 bits: no draw is beyond 9.4 standard deviations (5e-21).
+def _normal(count: tf.Tensor, seed: tf.Tensor, stddev: tf.Tensor) -> tf.Tensor:
+    """At least `count` draws by Box and Muller's transform of uniforms of 64 bits.
 
+    None is beyond 9.4 standard deviations (5e-21).
     `tf.random.stateless_normal` makes none beyond 5.68, so that whoever sees a value further out knows that the sum was
     another one: a loss without bound, with a probability of 1e-4 where epsilon is 10 and one round is made.
 
-    The uniform u of the radius sqrt(-2 log u) is never rounded to 1 or 0: below 1/2 it is taken as it is, with the bits
-    that float32 can hold down to 2^-65, above through 1 - u, so that neither the tails nor the centre have holes.
+    The radius is sqrt(-2 log u). float32 holds a small u down to 2^-65, so that the tails have no holes. A large one is
+    rounded to a multiple of 2^-24; -log u then gets a uniform offset as wide as that step, around zero, and is
+    reflected at zero, so that the centre has none either.
     """
-    pairs = (count + 1) // 2
+    pairs = (count + 31) // 32 * 16  # a multiple of 16 can be taken apart without copying
     bits = tf.random.stateless_uniform([3, pairs], seed, minval=None, maxval=None, dtype=tf.uint32)
-    below, above = _as_fraction(bits[:2]), _as_fraction(tf.bitwise.invert(bits[:2]))
-    radii = tf.sqrt(-2 * tf.where(below < 0.5, tf.math.log(below), tf.math.log1p(-above)))
-    angles = tf.cast(bits[2], tf.float32) * (2 * math.pi * 2.0**-32)
-    return tf.concat([radii * tf.cos(angles), radii * tf.sin(angles)], axis=0)[:count]
-
-
-def _as_fraction(bits: tf.Tensor) -> tf.Tensor:
-    """64 bits in two rows of 32, the higher first, as a number in (0, 1), half a step above its lower end."""
-    high, low = tf.unstack(tf.cast(bits, tf.float32))
-    return (high + (low + 0.5) * 2.0**-32) * 2.0**-32
+    high, low, turn = tf.unstack(tf.cast(bits, tf.float32))
+    below = low * 2.0**-64 + 2.0**-65
+    offset = below * 2.0**9 - 2.0**-24
+    radii = stddev * tf.sqrt(tf.abs(offset - 2.0 * tf.math.log(high * 2.0**-32 + below)))
+    angles = turn * (2 * math.pi * 2.0**-32)
+    return tf.concat([radii * tf.cos(angles), radii * tf.sin(angles)], axis=0)
 
 
 def round_seed(seed: tf.Tensor, number: tf.Tensor) -> tf.Tensor:

@@ -292,7 +292,7 @@ class _Spec(NamedTuple):
 def _functional(model: Any, spec: _Spec, num_classes: int | None) -> FunctionalModel:
     example_shape = tuple(spec.x.shape[1:])
     if isinstance(model, FunctionalModel):
-        return model.fitted_to(example_shape, model._num_classes if num_classes is None else num_classes)
+        return model.fitted_to(example_shape, model.num_classes if num_classes is None else num_classes)
     if num_classes is None:
         raise InputError("num_classes is missing: give the number of classes, 10 for digits.")
     return FunctionalModel(model, example_shape, num_classes)

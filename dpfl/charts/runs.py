@@ -34,6 +34,11 @@ def prepare(frame: pd.DataFrame) -> pd.DataFrame:
     runs = frame.astype(dict.fromkeys(floats, float)).reset_index(drop=True)
     if finished(runs).empty:
         raise InputError(f"None of the {len(runs)} runs is finished, so there is nothing to draw.")
+    if (runs["unit"] == "example").any() or ("example_clip_norm" in runs and runs["example_clip_norm"].notna().any()):
+        raise InputError(
+            "Some runs clip and noise examples' gradients, while charts and tables of the trade-off know clients' "
+            "updates alone: leave these runs out, and draw them from the frame's columns."
+        )
     alike = ((runs, _PER_CHART), (clipped(runs), ("mechanism",)), (private(runs), (*_PER_GUARANTEE, *_DEPLOYMENT)))
     for rows, columns in alike:
         for column in columns:

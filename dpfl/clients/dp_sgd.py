@@ -121,10 +121,15 @@ def noisy_mean(
     Returns:
         One tensor for each weight; may be released under the guarantee that accounts for the step.
     """
-    noise = normal_like(list(sums), seed)
-    scale = tf.cast(noise_multiplier, tf.float32) * tf.cast(clip_norm, tf.float32)
+    noise = normal_like(list(sums), seed, tf.cast(noise_multiplier, tf.float32) * tf.cast(clip_norm, tf.float32))
     denominator = tf.cast(expected_batch_size, tf.float32)
-    return [(part + scale * draw) / denominator for part, draw in zip(sums, noise, strict=True)]
+    return [(part + draw) / denominator for part, draw in zip(sums, noise, strict=True)]
+
+
+def with_penalties(gradients: Sequence[tf.Tensor], penalties: Sequence[tf.Tensor | None]) -> list[tf.Tensor]:
+    """Noisy gradients with those of the weights' regularisation, which depend on no data and need no noise."""
+    pairs = zip(gradients, penalties, strict=True)
+    return [gradient if penalty is None else gradient + penalty for gradient, penalty in pairs]
 
 
 def train_privately(
@@ -195,7 +200,7 @@ def train_privately(
             expected_batch_size=expected_batch_size,
             seed=round_seed(seeds.noise, step),
         )
-        gradients = [part + penalty for part, penalty in zip(mean, found.penalties, strict=True)]
+        gradients = with_penalties(mean, found.penalties)
         weights, moments = optimizers.step(training.optimizer, weights, gradients, moments, numbers.optimizer, step)
         longer = tf.reduce_sum(mask * tf.cast(found.norms > numbers.clip_norm, tf.float32))
         return step + 1, weights, moments, clipped + longer / tf.maximum(tf.reduce_sum(mask), 1.0)

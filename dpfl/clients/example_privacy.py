@@ -31,7 +31,8 @@ _RELEASED = "each client's updates of all rounds, and of everything that is comp
 _EVERYWHERE = (
     "Each single update protects its client's examples before anybody sees it, so that no trusted server is needed; "
     "which clients take part in which round may be known.",
-    "How many records each client has counts as public, and the split into training and held-out examples as fixed.",
+    "How many records each client has counts as public, and the split into training and held-out examples as fixed; "
+    "the initial model depends on no example.",
     "One example is one record: whoever is behind several records is protected less.",
     "It does not cover figures measured along the way (accuracies, losses, update norms), nor the choice of "
     "hyperparameters by looking at them.",
@@ -322,10 +323,14 @@ def _sampling_in_words(training: ClientTraining, records: int) -> str:
 def _assumptions(
     training: ClientTraining, worst: int, clients: int, participations: int, rounds: int
 ) -> tuple[str, ...]:
-    promised = (
+    whose = (
         f"Every example lies with exactly one of the {clients} clients, so that its guarantee is its client's "
-        f"(parallel composition): stated is that of the worst client, one with {worst} records, charged for "
-        f"{participations} of the {rounds} rounds, the most that it can ever be drawn into; amplification by the "
-        "sampling of clients is not counted."
+        f"(parallel composition): stated is that of the worst client, one with {worst} records,"
+        if clients > 1
+        else f"Every example lies with the one client, which has {worst} records: stated is its guarantee,"
+    )
+    promised = (
+        f"{whose} charged for {participations} of the {rounds} rounds, the most that it can ever be drawn into; "
+        "amplification by the sampling of clients is not counted."
     )
     return (promised, *_EVERYWHERE, _SHUFFLED if training.example_sampling == "shuffled" else _POISSON)

@@ -35,6 +35,7 @@ class FunctionalModel:
         num_classes: number of classes in the data.
 
     Attributes:
+        num_classes: number of classes in the data.
         shapes: shapes of the trainable weights, in the order in which Keras creates them.
         parameters: number of trainable parameters.
         vectorizes: whether clients may be trained side by side by `tf.vectorized_map`: all layers
@@ -49,7 +50,7 @@ class FunctionalModel:
         self, model: str | ModelBuilder | tf.keras.Model, example_shape: Sequence[int], num_classes: int
     ) -> None:
         self._example_shape = tuple(example_shape)
-        self._num_classes = num_classes
+        self.num_classes = num_classes
         try:
             self._take(model, num_classes)
         except InputError:
@@ -94,9 +95,9 @@ class FunctionalModel:
         Raises:
             InputError: it was made for others.
         """
-        if self._example_shape != tuple(example_shape) or self._num_classes != num_classes:
+        if self._example_shape != tuple(example_shape) or self.num_classes != num_classes:
             raise InputError(
-                f"the model was made for examples of shape {self._example_shape} and {self._num_classes} classes, but "
+                f"the model was made for examples of shape {self._example_shape} and {self.num_classes} classes, but "
                 f"the data has shape {tuple(example_shape)} and {num_classes} classes: give the Keras model anew."
             )
         return self

@@ -33,8 +33,8 @@ ExampleSampling = Literal["poisson", "shuffled"]
 class ClientEpsilons:
     """The guarantee of the examples of each client.
 
-    The arrays have one entry for each client. They depend on how many records the clients have, which is
-    private where it is not known anyway: they are for inspection, not for release.
+    The arrays have one entry for each client. They depend on how many records the clients have, which the
+    guarantee takes as public: where it is not known anyway, they are for inspection, not for release.
 
     Attributes:
         records: how many examples the client has, int64.
@@ -98,15 +98,18 @@ class ClientEpsilons:
 
     def statement(self) -> str:
         """The guarantee as a paragraph, for those who may know the clients' record counts."""
-        median, high = (_stated(value) for value in self.quantiles(0.5, 0.95))
         if math.isinf(self.worst):
-            promise = "No differential privacy is guaranteed to the examples of all clients: the largest epsilon is inf"
-        else:
-            promise = (
-                f"({_stated(self.worst)}, {_stated(self.delta)})-differential privacy at example level: what is "
-                f"released changes by at most this epsilon and delta when {UNIT_IN_WORDS['example']} "
-                f"{RELATION_IN_WORDS[self.relation].format(data='the data of a client')} (relation {self.relation})"
+            unprotected = int(np.isinf(self.epsilons).sum())
+            return (
+                f"No differential privacy is guaranteed to the examples of {unprotected} of the {len(self.epsilons)} "
+                "clients: no noise that can be accounted for was added in their local steps."
             )
+        median, high = (_stated(value) for value in self.quantiles(0.5, 0.95))
+        promise = (
+            f"({_stated(self.worst)}, {_stated(self.delta)})-differential privacy at example level: what is "
+            f"released changes by at most this epsilon and delta when {UNIT_IN_WORDS['example']} "
+            f"{RELATION_IN_WORDS[self.relation].format(data='the data of a client')} (relation {self.relation})"
+        )
         return " ".join(
             (
                 f"{promise}.",
@@ -116,7 +119,8 @@ class ClientEpsilons:
                 f"Each local step adds Gaussian noise with noise multiplier {self.noise_multiplier:g} to the clipped "
                 f"gradients of {self._minibatch_in_words()}; epsilon by the {self.accountant.upper()} accountant.",
                 "Amplification by the sampling of clients is not counted.",
-                "The epsilons depend on how many records each client has, which is private: they are not for release.",
+                "The epsilons depend on how many records each client has, which counts as public: where it is not "
+                "known anyway, they are not for release.",
             )
         )
 
@@ -261,7 +265,8 @@ def client_epsilons(
             "the records must be one number for each client, and the participations and local steps one number for all "
             f"or for each, but their shapes were {counts.shape}, {rounds.shape} and {each_round.shape}."
         )
-    check_example_analysis(relation, accountant, records=counts, sampling=sampling, max_batch_size=max_batch_size)
+    if noise_multiplier:  # without, there is nothing to analyse
+        check_example_analysis(relation, accountant, records=counts, sampling=sampling, max_batch_size=max_batch_size)
     each_round, rounds = np.broadcast_to(each_round, counts.shape), np.broadcast_to(rounds, counts.shape)
     events = [
         client_event(

@@ -58,6 +58,13 @@ def test_noise_without_epsilon_is_refused(make):
     assert "carry noise but have no target epsilon" in refused(frame)
 
 
+@pytest.mark.parametrize("changes", [{"unit": "example"}, {"example_clip_norm": 1.0}])
+def test_runs_that_clip_examples_are_refused(make, changes):
+    frame = small(make).assign(example_clip_norm=None)
+    assert len(prepare(frame)) == len(frame)
+    assert "clip and noise examples' gradients" in refused(frame.assign(**changes))
+
+
 def test_a_seed_that_counts_twice_is_refused(make):
     frame = small(make)
     frame.loc[1, "seed"] = 0

@@ -213,7 +213,11 @@ def test_other_refusals_of_the_callback():
 
 
 def _ledger():
-    return TrainingLedger(lambda name, shape, dtype: tf.Variable(tf.zeros(shape, dtype)))
+    return TrainingLedger(helpers.sequential(), lambda name, shape, dtype: tf.Variable(tf.zeros(shape, dtype)))
+
+
+def _note(ledger, release):
+    ledger.note(tf.constant(release.row()), tf.constant(1, tf.int64))
 
 
 def _release(examples=50, **changes):
@@ -237,17 +241,26 @@ def test_a_release_survives_the_ledger():
 def test_a_full_ledger_refuses_further_settings():
     ledger = _ledger()
     for number in range(64):
-        ledger.note(tf.constant(ledger.row_of(_release(50 + number))), tf.constant(1, tf.int64))
-    assert ledger.row_of(_release(57)) == 7
+        _note(ledger, _release(50 + number))
+    ledger.check_room(_release(57))
     with pytest.raises(dpfl.InputError, match="64 different settings"):
-        ledger.row_of(_release(500))
+        ledger.check_room(_release(500))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="full"):
+        _note(ledger, _release(500))
 
 
-def test_merging_keeps_the_larger_counts():
-    ledger = _ledger()
+def test_a_restored_ledger_keeps_the_larger_counts():
+    ledger, restored = _ledger(), _ledger()
     for release, steps in ((_release(1), 3), (_release(2), 1)):
         for _ in range(steps):
-            ledger.note(tf.constant(ledger.row_of(release)), tf.constant(1, tf.int64))
-    ledger.merge([Entry(_release(3), 4, 8), Entry(_release(2), 2, 2), Entry(_release(1), 1, 1)])
-    assert ledger.entries() == [Entry(_release(3), 4, 8), Entry(_release(2), 2, 2), Entry(_release(1), 3, 3)]
-    assert int(ledger.steps()) == 13
+            _note(ledger, release)
+    for release, steps in ((_release(3), 4), (_release(2), 2), (_release(1), 1)):
+        for _ in range(steps):
+            _note(restored, release)
+    for ours, theirs in zip(ledger._saved, restored._saved, strict=True):
+        ours.assign(theirs)
+    for _ in range(2):
+        expected = [Entry(_release(1), 3, 3), Entry(_release(2), 2, 2), Entry(_release(3), 4, 4)]
+        assert ledger.entries() == expected
+        ledger.reconcile()
+    assert int(ledger.steps()) == 9

@@ -66,17 +66,29 @@ class TestIndependence:
 
     def test_the_rarest_draws_are_beyond_nine_standard_deviations(self, monkeypatch):
         # What limits the noise is the smallest uniform. tf.random.stateless_normal ends at 5.68, and 1e-8 of all draws
-        # lie further out: too few to wait for. A uniform of zero bits, one of 2^-32, and the largest.
+        # lie further out: too few to wait for. The smallest uniform, one of 2^-32, and the median.
+        draws = self.drawn(monkeypatch, [0, 1, 2**31], [0, 0, 0])
+        np.testing.assert_allclose(draws[:3], [9.4925, 6.6604, 1.1774], atol=1e-3)
+
+    def test_the_centre_has_neither_holes_nor_heaps(self, monkeypatch):
+        # The uniforms next to 1, of which float32 keeps 24 bits: 4,096 values of the 32 higher bits, each with 64
+        # values of the lower ones, hit each of 15 bins of the squared radius, one step of float32 wide, as often.
+        high, low = np.meshgrid(np.arange(2**32 - 4096, 2**32), (np.arange(64) + 0.5) * 2**26)
+        draws = self.drawn(monkeypatch, high.reshape(-1), low.reshape(-1))
+        counts, _ = np.histogram(draws[: high.size].astype(np.float64) ** 2 / 2, np.arange(16) * 2.0**-24)
+        np.testing.assert_allclose(counts, 256 * 64, rtol=0.02)
+
+    @staticmethod
+    def drawn(monkeypatch, high, low):
+        """What the generator makes of the higher and lower bits of the radius; the angle is zero."""
+
         def chosen(shape, seed, minval, maxval, dtype):
-            return tf.constant([[0, 1, 2**32 - 1], [0, 0, 2**32 - 1], [0, 0, 0]], dtype)
+            bits = np.ones((3, int(shape[1])), np.uint32)
+            bits[0, : len(high)], bits[1, : len(high)], bits[2] = high, low, 0
+            return tf.constant(bits, dtype)
 
         monkeypatch.setattr(tf.random, "stateless_uniform", chosen)
-        draws = dpfl.noise._normal(tf.constant(5), tf.constant([1, 2]))
-        assert draws.shape == (5,)
-        np.testing.assert_allclose(draws[:2], [9.4925, 6.6604], atol=1e-3)
-        # Next to the centre there is no hole either: the largest uniform is not rounded to 1.
-        np.testing.assert_allclose(draws[2], np.sqrt(2 * 2.0**-65), rtol=1e-3)
-        np.testing.assert_allclose(draws[3:], 0, atol=1e-6)
+        return dpfl.noise._normal(tf.constant(2 * len(high)), tf.constant([1, 2]), tf.constant(1.0)).numpy()
 
     def test_seeds_differ_beyond_32_bits(self, plan):
         # With `stateless_fold_in`, whose seeds have 32 bits, these two share the noise of all rounds.

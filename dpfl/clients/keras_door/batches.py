@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,21 +91,30 @@ class Batches:
     def begin(self, first_step: int) -> None:
         """Tells the first step of a call of fit, which starts afresh."""
 
-    def dataset(self, first_step: int = 0) -> tf.data.Dataset:
+    def dataset(self, first_step: int | Callable[[], int] = 0) -> tf.data.Dataset:
         """An endless dataset of the minibatches from a step on: x, y and `Marks`. Private.
 
         Args:
-            first_step: the number of the first step; the same number and seed give the same minibatches.
+            first_step: the number of the first step, or what tells it when the first minibatch is drawn; the same
+                number and seed give the same minibatches.
         """
-        self.begin(first_step)
+        began = 0
+
+        def rows_from(steps_before: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            nonlocal began
+            if not steps_before:
+                began = first_step() if callable(first_step) else first_step
+                self.begin(began)
+            return self._some_rows(began + int(steps_before))
+
         with tf.device("/CPU:0"):
             arrays = tf.nest.map_structure(
                 lambda part: tf.convert_to_tensor(part.astype(_dtype(part), copy=False)), (self._x, self._y)
             )
             weights = tf.ones([self.examples]) if self._weights is None else tf.constant(self._weights)
 
-        def some_steps(start: tf.Tensor) -> tf.data.Dataset:
-            drawn = tf.numpy_function(self._some_rows, [start], [tf.int64, tf.int32, tf.int64])
+        def some_steps(steps_before: tf.Tensor) -> tf.data.Dataset:
+            drawn = tf.numpy_function(rows_from, [steps_before], [tf.int64, tf.int32, tf.int64])
             for part, rank in zip(drawn, (2, 1, 1), strict=True):
                 part.set_shape([_DRAWN_TOGETHER] + [None] * (rank - 1))
             return tf.data.Dataset.from_tensor_slices(tuple(drawn))
@@ -118,12 +127,12 @@ class Batches:
             x, y, example_weights = tf.nest.map_structure(lambda part: tf.gather(part, rows), (*arrays, weights))
             return x, y, Marks(example_weights * present, count, charge)
 
-        starts = tf.data.Dataset.counter(first_step, _DRAWN_TOGETHER)
+        starts = tf.data.Dataset.counter(0, _DRAWN_TOGETHER)
         return starts.flat_map(some_steps).map(gathered).prefetch(_AHEAD)
 
-    def _some_rows(self, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _some_rows(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The rows of `_DRAWN_TOGETHER` steps side by side, filled up with 0; how many count; the steps' charges."""
-        steps = range(int(start), int(start) + _DRAWN_TOGETHER)
+        steps = range(start, start + _DRAWN_TOGETHER)
         drawn = [self.rows(step) for step in steps]
         counts = np.array([len(rows) for rows in drawn], np.int32)
         filled = np.zeros((len(drawn), self.max_batch_size or max(int(counts.max()), 1)), np.int64)
@@ -151,7 +160,8 @@ class PoissonBatches(Batches):
         y: the labels, likewise.
         batch_size: the expected number of examples in a minibatch, by which sums of gradients are divided.
         seed: a whole number below 2 ** 64 on which the minibatches depend; None draws a secret one. Who knows the seed
-            knows who was drawn, and the guarantee does not hold towards them.
+            knows who was drawn, and the guarantee does not hold towards them. Models that train on the same batches
+            draw the same examples, so that their guarantees do not add up: give each batches of its own.
         max_batch_size: the largest minibatch; where more are drawn, a random part of them is used, which is
             accounted. All minibatches are filled up to this size with rows that stand for nobody. None lets it vary.
         steps_per_epoch: how many minibatches Keras calls an epoch; None for ceil(examples / batch_size).
@@ -312,9 +322,10 @@ def _dtype(array: np.ndarray) -> Any:
 
 def _checked_weights(sample_weight: Any, examples: int) -> np.ndarray:
     weights = np.asarray(sample_weight, np.float32)
-    if weights.shape not in ((examples,), (examples, 1)) or not np.isfinite(weights).all():
+    if weights.shape not in ((examples,), (examples, 1)):
         raise InputError(
-            f"sample_weight must be one finite number for each of the {examples} examples, but its shape was "
-            f"{weights.shape}."
+            f"sample_weight must be one number for each of the {examples} examples, but its shape was {weights.shape}."
         )
+    if not np.isfinite(weights).all():
+        raise InputError("sample_weight and class_weight must be finite numbers, but some were not.")
     return weights.reshape(-1)

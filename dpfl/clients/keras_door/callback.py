@@ -50,19 +50,30 @@ class EpsilonCallback(tf.keras.callbacks.Callback):
         self._allow_weak_delta = allow_weak_delta
         self._budget = epsilon_budget
         self._left = math.inf
+        self._expected_steps = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Computes how many steps the budget pays for; see the class."""
         if not isinstance(self.model, DPModel):
             raise InputError("EpsilonCallback needs a model that trains privately: wrap it in dpfl.DPModel.")
+        self._plan()
+
+    def _plan(self) -> None:
         planned = (self.params.get("epochs") or 1) * (self.params.get("steps") or 1)
         self._left = self.model.affordable_steps(
             planned, self._budget, allow_weak_delta=self._allow_weak_delta, **self._analysis
         )
+        self._expected_steps = self.model.steps
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Computes it anew where another callback has restored a ledger since."""
+        if self._budget is not None and self.model.steps != self._expected_steps:
+            self._plan()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Ends the training after the last step that the budget pays for."""
         self._left -= 1
+        self._expected_steps += 1
         if self._left <= 0:
             self.model.stop_training = True
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from dpfl.clients.dp_sgd import noisy_mean
+from dpfl.clients.dp_sgd import noisy_mean, with_penalties
 from dpfl.clients.keras_door import releases
 from dpfl.clients.keras_door.batches import Batches, Marks, PoissonBatches, ShuffledBatches, with_class_weights
 from dpfl.clients.keras_door.checks import check_training
@@ -32,24 +32,29 @@ _DEFAULT_BATCH_SIZE = 32  # Keras'
 class _Fit:
     """What the steps of a call of fit depend on, outside of the model's weights.
 
-    The seed of the noise is no weight on purpose: weights are released, and with the seed the noise could be taken off.
+    Nothing here is a weight, on purpose: weights are released. With the seed of the noise, the noise could be taken
+    off; the mean loss is that of the examples, without noise, and it counts how many were drawn.
 
     Attributes:
         key: the seed of the noise, int32, (2,). Secret.
-        row: the row of the ledger, int32.
+        settings: what the ledger notes for each step, float64.
         expected_batch_size: float32.
         release: what each step releases; None before the first call.
         steps_per_charge: how many steps in a row use each example at most once together.
         checked: what has been found to be trainable privately.
+        loss_mean: the training's mean loss, for display. Private.
+        compiled: the optimizer and the model of the last call of compile, which the compiled step uses.
     """
 
     def __init__(self) -> None:
         self.key = tf.Variable(tf.zeros([2], tf.int32), trainable=False)
-        self.row = tf.Variable(0, trainable=False)
+        self.settings = tf.Variable(tf.zeros([Release.columns()], tf.float64), trainable=False)
         self.expected_batch_size = tf.Variable(1.0, trainable=False)
         self.release: Release | None = None
         self.steps_per_charge = 1
         self.checked: Any = None
+        self.loss_mean = tf.keras.metrics.Mean(name="loss")
+        self.compiled: tuple[Any, Any] | None = None
 
 
 class DPModel(tf.keras.Model):
@@ -74,8 +79,10 @@ class DPModel(tf.keras.Model):
     are not covered.
 
     The ledger of all steps is a part of the DPModel's weights: `save_weights` and `load_weights` of the DPModel keep
-    it, and restoring earlier weights makes it forget nothing. Noise is a function of (seed, number of the step). The
-    seed is not in the weights, which may be released.
+    it, and restoring earlier weights makes it forget nothing. It belongs to the Keras model: a second DPModel of the
+    same one goes on with it. Layers that several Keras models share are trained behind each other's back; what that
+    costs is for the user to add up. Noise is a function of (seed, number of the step). The seed is not in the weights,
+    which may be released.
 
     Args:
         model: the Keras model. Layers that mix examples (BatchNormalization) are refused before the first step.
@@ -96,12 +103,12 @@ class DPModel(tf.keras.Model):
         self.model = model
         self._seed = None if seed is None else check_seed(seed)
         self._ledger = TrainingLedger(
+            model,
             lambda name, shape, dtype: self.add_weight(
                 name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False, experimental_autocast=False
-            )
+            ),
         )
         self._fit = _Fit()
-        self._loss_mean = tf.keras.metrics.Mean(name="loss")
         self._loss_of: Any = None  # from outputs and labels to each example's loss
         self.built = model.built
 
@@ -166,6 +173,7 @@ class DPModel(tf.keras.Model):
             steps_per_execution=steps_per_execution,
             **kwargs,
         )
+        self._fit.compiled = (optimizer, self.model)
 
     def fit(
         self,
@@ -241,9 +249,9 @@ class DPModel(tf.keras.Model):
                 x, y, batch_size, steps_per_epoch, class_weight, sample_weight, sampling, max_batch_size
             )
         self._begin(batches)
-        first_step = self.steps
         return super().fit(
-            batches.dataset(first_step),
+            # A callback may restore a ledger before the first step (tf.keras.callbacks.BackupAndRestore).
+            batches.dataset(lambda: int(self._ledger.steps())),
             epochs=epochs,
             verbose=verbose,
             callbacks=callbacks,
@@ -269,10 +277,13 @@ class DPModel(tf.keras.Model):
         """
         if not (isinstance(data, tuple) and len(data) == 3 and isinstance(data[2], Marks)):
             raise InputError("DPModel trains on minibatches that fit draws: call fit with arrays or PoissonBatches.")
+        if self._fit.release is None:
+            raise InputError("no noise was drawn for this step: call fit, which counts what it releases.")
         x, y, marks = data
         optimizer, weights = self.optimizer, self.model.trainable_weights
-        seed = round_seed(self._fit.key, tf.cast(self._ledger.steps(), tf.int32))
-        self._ledger.note(self._fit.row, marks.charge)
+        # Noted first: the noise, and all that follows from it, waits until the step is in the ledger.
+        self._ledger.note(self._fit.settings, marks.charge)
+        seed = round_seed(self._fit.key, tf.cast(self._ledger.steps() - 1, tf.int32))
         clipped = clipped_gradients(
             lambda microbatch: self.model,
             weights,
@@ -291,13 +302,12 @@ class DPModel(tf.keras.Model):
             expected_batch_size=self._fit.expected_batch_size,
             seed=seed,
         )
-        penalized = [gradient + penalty for gradient, penalty in zip(gradients, clipped.penalties, strict=True)]
-        optimizer.apply_noisy_gradients(penalized, weights)
+        optimizer.apply_noisy_gradients(with_penalties(gradients, clipped.penalties), weights)
         # Rows that stand for nobody are the last ones.
         losses, example_weights, y, outputs = (
             part[: marks.count] for part in (clipped.losses, marks.weights, y, clipped.outputs)
         )
-        self._loss_mean.update_state(losses * example_weights + self._penalty())
+        self._fit.loss_mean.update_state(losses * example_weights + self._penalty())
         return self.compute_metrics(x, y, outputs, example_weights)
 
     def compute_loss(
@@ -310,7 +320,7 @@ class DPModel(tf.keras.Model):
         if sample_weight is not None:
             losses *= tf.reshape(tf.cast(sample_weight, tf.float32), [-1])
         losses += self._penalty()
-        self._loss_mean.update_state(losses)
+        self._fit.loss_mean.update_state(losses)
         return tf.reduce_mean(losses)
 
     def _penalty(self) -> tf.Tensor:
@@ -320,15 +330,15 @@ class DPModel(tf.keras.Model):
     def metrics(self) -> list[tf.keras.metrics.Metric]:
         """The mean loss and the metrics given to `compile`; not private."""
         if self.compiled_metrics is None:
-            return [self._loss_mean]
-        return [self._loss_mean, *self.compiled_metrics.metrics]
+            return [self._fit.loss_mean]
+        return [self._fit.loss_mean, *self.compiled_metrics.metrics]
 
     # What the training costs.
 
     @property
     def steps(self) -> int:
         """How many steps the weights have been trained, in all calls of fit; may be released."""
-        return int(self._ledger.steps())
+        return sum(entry.steps for entry in self._ledger.entries())
 
     def epsilon(self, delta: float, relation: Relation = "add_or_remove_one", accountant: Accountant = "pld") -> float:
         """The epsilon of all steps so far: 0 before the first, infinity if one had no noise.
@@ -437,20 +447,38 @@ class DPModel(tf.keras.Model):
 
     @override
     def load_weights(self, *args: Any, **kwargs: Any) -> Any:
-        earlier = self._ledger.entries()
         status = super().load_weights(*args, **kwargs)
-        self._ledger.merge(earlier)
+        self._ledger.reconcile()
         return status
 
     @override
     def set_weights(self, weights: Any) -> None:
-        earlier = self._ledger.entries()
         super().set_weights(weights)
-        self._ledger.merge(earlier)
+        self._ledger.reconcile()
+
+    def save_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the weights and the ledger, but not what metrics counted, which Keras' newest format would keep."""
+        counted = [(variable, variable.numpy()) for metric in self.metrics for variable in metric.variables]
+        self.reset_metrics()
+        try:
+            super().save_weights(*args, **kwargs)
+        finally:
+            for variable, value in counted:
+                variable.assign(value)
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """Saves the trained Keras model, `model`; the ledger is in `save_weights` of the DPModel."""
+        """Saves the trained Keras model, `model`, without the ledger, which is in `save_weights` of the DPModel.
+
+        Who trains what is loaded from there further has to add up both guarantees.
+        """
         self.model.save(*args, **kwargs)
+
+    def get_config(self) -> NoReturn:
+        """Refused, and with it copies: they would have no ledger, or one that does not know of this one's steps."""
+        raise InputError(
+            "a DPModel is not copied, pickled or saved as a whole, so that its ledger stays one: save the Keras model "
+            "(model.model.save), or the weights with the ledger (model.save_weights)."
+        )
 
     def summary(self, *args: Any, **kwargs: Any) -> None:
         """The summary of the Keras model."""
@@ -493,6 +521,13 @@ class DPModel(tf.keras.Model):
     def _begin(self, batches: Batches) -> None:
         """Prepares the steps of a call of fit."""
         optimizer: Any = self.optimizer
+        if self._fit.compiled is None or any(
+            now is not then for now, then in zip((optimizer, self.model), self._fit.compiled, strict=True)
+        ):
+            raise InputError(
+                "the optimizer or the Keras model was exchanged after compile, which what is compiled does not see: "
+                "call compile again."
+            )
         if optimizer.num_microbatches not in (None, batches.batch_size):
             raise InputError(
                 f"num_microbatches must be None or the batch size, {batches.batch_size}, but it was "
@@ -515,7 +550,9 @@ class DPModel(tf.keras.Model):
             clip_norm=optimizer.l2_norm_clip,
             clipping=optimizer.clipping,
         )
-        self._fit.row.assign(self._ledger.row_of(release))
+        self._ledger.reconcile()
+        self._ledger.check_room(release)
+        self._fit.settings.assign(release.row())
         self._fit.release = release
         self._fit.steps_per_charge = batches.steps_per_charge
         self._fit.expected_batch_size.assign(float(batches.batch_size))

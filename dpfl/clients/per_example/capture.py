@@ -154,7 +154,9 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
     def summed(self, tensor: tf.Tensor, shape: Sequence[int]) -> Direct:
         """Gradients at every position, (batch, ..., *shape), as those of a weight of this shape that is added there."""
         by_position = self.rows(tensor, len(shape))
-        return Direct(tf.reshape(tf.reduce_sum(by_position, axis=1), [-1, *shape]))
+        if by_position.shape[1] != 1:
+            by_position = tf.reduce_sum(by_position, axis=1)
+        return Direct(tf.reshape(by_position, [-1, *shape]))
 
     @contextlib.contextmanager
     def running_again(self) -> Iterator[None]:

@@ -144,7 +144,7 @@ class Rows:
     def squared_norms(self) -> tf.Tensor:
         """See `Contribution`. Positions that looked up the same row add up before they are squared."""
         products = tf.matmul(self.gradients, self.gradients, transpose_b=True)
-        same = self.rows[:, :, None] == self.rows[:, None, :]
+        same = tf.equal(self.rows[:, :, None], self.rows[:, None, :])  # "==" compares objects in TFF's graphs
         lengths = tf.sqrt(tf.linalg.diag_part(products))
         uncancelled = tf.where(same, lengths[:, :, None] * lengths[:, None, :], 0.0)
         return _not_below(

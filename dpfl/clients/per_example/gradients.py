@@ -31,14 +31,15 @@ class ClippedGradients(NamedTuple):
             which then counts as zero.
         losses: each example's loss, unweighted, (batch,).
         outputs: the model's outputs, (batch, ...).
-        penalties: the gradient of the weights' regularisation for each weight; it depends on no data.
+        penalties: for each weight the gradient of its regularisation, or None where it has none; they depend on no
+            data.
     """
 
     sums: list[tf.Tensor]
     norms: tf.Tensor
     losses: tf.Tensor
     outputs: Any
-    penalties: list[tf.Tensor]
+    penalties: list[tf.Tensor | None]
 
 
 def clipped_gradients(
@@ -213,10 +214,10 @@ def _by_microbatches(
     return ClippedGradients(sums, norms, losses, outputs, [])
 
 
-def _penalties(model: tf.keras.Model, weights: Sequence[tf.Tensor | tf.Variable]) -> list[tf.Tensor]:
+def _penalties(model: tf.keras.Model, weights: Sequence[tf.Tensor | tf.Variable]) -> list[tf.Tensor | None]:
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(weights)
         # Keras evaluates the penalties when it is asked for them.
         penalties = [tf.cast(loss, tf.float32) for loss in model.losses]
         total = tf.add_n(penalties) if penalties else tf.constant(0.0)
-    return tape.gradient(total, list(weights), unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return tape.gradient(total, list(weights))

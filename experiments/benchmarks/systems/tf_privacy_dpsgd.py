@@ -1,7 +1,6 @@
 """TF Privacy's DP-SGD steps of the Keras model: its optimizers, and its `DPModel`.
 
-The optimizers' steps are not checked against the plain step: they can take many seconds each, and they are the ones that
-others are measured by.
+The optimizers' steps are not checked against the plain step: they can take many seconds each.
 """
 
 import tensorflow as tf
@@ -24,8 +23,8 @@ def private_step(
 ) -> tuple[tf.keras.Model, Step]:
     """Returns the workload's model with its first weights, and a function that does a private step with it.
 
-    Keras' own `train_step` with TF Privacy's optimizers, or TF Privacy's `DPModel`, without or with XLA. `DPModel` takes
-    norms layer by layer where all layers are in its registry (Dense, Embedding, LayerNormalization,
+    Keras' own `train_step` with TF Privacy's optimizers, or TF Privacy's `DPModel`, without or with XLA. `DPModel`
+    takes norms layer by layer where all layers are in its registry (Dense, Embedding, LayerNormalization,
     MultiHeadAttention), and maps over examples where they are not.
     """
     settings = {"l2_norm_clip": clip_norm, "noise_multiplier": noise_multiplier}
