@@ -218,7 +218,12 @@ def verify(
     for values in (stated, *(other for other in others if other not in (None, stated))):
         _verify(Guarantee.from_dict(values))
     row = content.get("record", {})
-    for column, guarantee in (("epsilon_spent", stated), ("example_epsilon", content.get("example_guarantee"))):
+    columns = {
+        "epsilon_spent": stated,
+        "user_epsilon": content.get("user_guarantee"),
+        "example_epsilon": content.get("example_guarantee"),
+    }
+    for column, guarantee in columns.items():
         if guarantee is not None and (spent := row.get(column, guarantee["epsilon"])) != guarantee["epsilon"]:
             raise InputError(
                 f"the record's row says that epsilon {spent} was spent, but its guarantee states "

@@ -9,14 +9,12 @@ import pydantic
 
 from dpfl.config import Config
 from dpfl.errors import InputError
+from dpfl.limits import LARGEST_CLIP_NORM, LARGEST_NOISE, LEAST_NOISE, SMALLEST_CLIP_NORM
 from dpfl.privacy.example_level import ExampleSampling
 
 Optimizer = Literal["sgd", "momentum", "adam"]
 # The kinds that `dpfl.clients.per_example` implements, named here so that settings need no TensorFlow.
 ExampleClipping = Literal["flat", "per_layer", "automatic"]
-
-_SMALLEST_CLIP_NORM, _LARGEST_CLIP_NORM = 1e-9, 1e9  # beyond, squares leave the range of float32
-_LEAST_NOISE, _LARGEST_NOISE = 0.01, 1e9  # with less, nobody is protected
 
 
 class ClientTraining(Config):
@@ -43,7 +41,8 @@ class ClientTraining(Config):
             privacy. Too small a norm biases the direction, too large a one raises the noise with it.
         example_noise: standard deviation of the noise on the sum of a minibatch's clipped gradients, divided by
             `example_clip`; 0 clips without noise; None calibrates it to the target, whose unit must then
-            be "example". Every local step is charged, so that more steps cost epsilon or need more noise.
+            be "example". One that is given is refused where it would cost more than that target's epsilon. Every
+            local step is charged, so that more steps cost epsilon or need more noise.
         example_clipping: "flat" clips all weights' gradients together; "per_layer" each layer's to an equal
             share; "automatic" scales every gradient to about the norm (AUTO-S, Bu et al. 2023, 2206.07136). The
             sensitivity is the same in all.
@@ -96,15 +95,15 @@ class ClientTraining(Config):
                 )
 
     def _check_private(self, clip: float) -> None:
-        if not _SMALLEST_CLIP_NORM <= clip <= _LARGEST_CLIP_NORM:
+        if not SMALLEST_CLIP_NORM <= clip <= LARGEST_CLIP_NORM:
             raise InputError(
-                f"example_clip must be a positive number between {_SMALLEST_CLIP_NORM:g} and {_LARGEST_CLIP_NORM:g}, "
+                f"example_clip must be a positive number between {SMALLEST_CLIP_NORM:g} and {LARGEST_CLIP_NORM:g}, "
                 f"but it was {clip:g}; None trains without example-level privacy."
             )
         noise = self.example_noise
-        if noise is not None and noise != 0 and not _LEAST_NOISE <= noise <= _LARGEST_NOISE:
+        if noise is not None and noise != 0 and not LEAST_NOISE <= noise <= LARGEST_NOISE:
             raise InputError(
-                f"example_noise must be 0 (no noise), or at least {_LEAST_NOISE:g} and at most {_LARGEST_NOISE:g}, "
+                f"example_noise must be 0 (no noise), or at least {LEAST_NOISE:g} and at most {LARGEST_NOISE:g}, "
                 f"but it was {noise:g}; None calibrates it to epsilon."
             )
         if self.max_batch_size is None:

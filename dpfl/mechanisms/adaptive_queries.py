@@ -8,11 +8,10 @@ from typing import Any
 import dp_accounting
 import tensorflow as tf
 
+from dpfl.limits import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
 from dpfl.mechanisms.queries import SumQuery, clip_to_norm, global_norm
 from dpfl.noise import normal_like, round_seed
 from dpfl.randomness import Purpose, stateless_seed
-
-SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-9, 1e9
 
 
 class AdaptiveClippingSumQuery(SumQuery):

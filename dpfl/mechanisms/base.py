@@ -14,6 +14,7 @@ import pydantic
 
 from dpfl.config import Config
 from dpfl.errors import InputError
+from dpfl.limits import LARGEST_CLIP_NORM, LARGEST_NOISE, LEAST_NOISE, SMALLEST_CLIP_NORM
 from dpfl.mechanisms.deployment import Deployment
 from dpfl.mechanisms.plan import Plan
 from dpfl.privacy import Guarantee, Privacy, accounting, calibration
@@ -25,8 +26,6 @@ from dpfl.sampling import BaseSampler
 if TYPE_CHECKING:
     from dpfl.mechanisms.queries import SumQuery
 
-_SMALLEST_CLIP_NORM, _LARGEST_CLIP_NORM = 1e-9, 1e9
-_LEAST_NOISE, _LARGEST_NOISE = 0.01, 1e9  # with less, nobody is protected
 _LEAST_NOISE_FOR_PLD = 0.1  # with less, the privacy loss may take more values than memory holds
 _MOST_ROUNDS = 1_000_000_000
 
@@ -63,15 +62,15 @@ class BaseMechanism(Config):
 
     @pydantic.model_validator(mode="after")
     def _check_numbers(self) -> BaseMechanism:
-        if not _SMALLEST_CLIP_NORM <= self.clip_norm <= _LARGEST_CLIP_NORM:
+        if not SMALLEST_CLIP_NORM <= self.clip_norm <= LARGEST_CLIP_NORM:
             raise InputError(
-                f"the clip norm must be a positive number between {_SMALLEST_CLIP_NORM:g} and {_LARGEST_CLIP_NORM:g}, "
+                f"the clip norm must be a positive number between {SMALLEST_CLIP_NORM:g} and {LARGEST_CLIP_NORM:g}, "
                 f"but it was {self.clip_norm:g}; to train without clipping use the mechanism none."
             )
         noise = self.noise_multiplier
-        if noise is not None and not _LEAST_NOISE <= noise <= _LARGEST_NOISE:
+        if noise is not None and not LEAST_NOISE <= noise <= LARGEST_NOISE:
             raise InputError(
-                f"the noise multiplier must be at least {_LEAST_NOISE:g} and at most {_LARGEST_NOISE:g}, "
+                f"the noise multiplier must be at least {LEAST_NOISE:g} and at most {LARGEST_NOISE:g}, "
                 f"but it was {noise:g}; "
                 "None calibrates it to epsilon."
             )

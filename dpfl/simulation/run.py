@@ -83,6 +83,7 @@ def run(
         "rounds_done": plan.rounds,
         "epsilon_spent": promised.epsilon if math.isfinite(promised.epsilon) else None,
         "epsilon_extrapolated": None if plan.extrapolated is None else plan.extrapolated.epsilon,
+        "user_epsilon": plan.guarantee.epsilon if plan.is_private else None,
         **_example_columns(client_plan, realised),
         "noise_multiplier": plan.noise_multiplier,
         "sampling_rate": plan.expected_cohort / plan.population,
@@ -203,7 +204,7 @@ def _settings_columns(
     promised, deployment = plan.extrapolated or plan.guarantee, experiment.deployment
     if privacy.unit == "example" and client_plan is not None:
         promised = client_plan.guarantee
-    has_delta = privacy.epsilon is not None or (client_plan is not None and client_plan.is_private)
+    has_delta = privacy.epsilon is not None or plan.is_private or (client_plan is not None and client_plan.is_private)
     return {
         "dataset": experiment.data.name,
         "data_fingerprint": experiment.data.fingerprint,

@@ -11,6 +11,8 @@ import tensorflow as tf
 import dpfl
 from dpfl.clients.keras_door.ledger import TrainingLedger
 from dpfl.clients.keras_door.releases import Entry, Release
+from dpfl.privacy import accounting
+from dpfl.privacy.pld import pld_epsilon
 
 _DELTA = 1e-3
 
@@ -180,13 +182,28 @@ def test_a_budget_of_passes_ends_after_a_pass():
     assert wrapped.epsilon(_DELTA, "replace_one") <= budget
 
 
+def test_what_the_accountant_cannot_answer_at_the_end_is_refused_at_the_start(monkeypatch):
+    def answers_one_step(event, *arguments, **settings):
+        if event.count > 1:
+            raise MemoryError
+        return pld_epsilon(event, *arguments, **settings)
+
+    monkeypatch.setattr(accounting, "pld_epsilon", answers_one_step)
+    x, y = helpers.data(40)
+    wrapped = helpers.private()
+    callbacks = [dpfl.EpsilonCallback(_DELTA)]
+    with pytest.raises(dpfl.InputError, match="needs more memory"):
+        wrapped.fit(x, y, batch_size=8, callbacks=callbacks, verbose=0)
+    assert wrapped.steps == 0
+
+
 @pytest.mark.parametrize(
     ("callback", "settings", "complaint"),
     [
         ({}, {"sampling": "shuffled"}, "shuffled minibatches"),
         ({"delta": 0.1}, {}, "1 / examples"),
         ({"epsilon_budget": 0.01}, {}, "does not pay"),
-        ({"accountant": "rdp"}, {"max_batch_size": 9}, "no analysis"),
+        ({"accountant": "rdp"}, {"max_batch_size": 9}, "no known analysis"),
     ],
 )
 def test_the_callback_refuses_before_training(callback, settings, complaint):

@@ -200,7 +200,7 @@ def test_both_guarantees_are_kept(images: FederatedData) -> None:
     result = experiment.run(seed=0, progress=False)
     assert result.guarantee == result.user_guarantee == experiment.plan().guarantee
     assert (result.guarantee.unit, result.example_guarantee.unit) == ("user", "example")
-    assert result.record["epsilon_spent"] == result.guarantee.epsilon <= 4
+    assert result.record["epsilon_spent"] == result.record["user_epsilon"] == result.guarantee.epsilon <= 4
     worst = max(
         dpfl.privacy.epsilon(dpfl.privacy.poisson_gaussian(1.5, min(1, 4 / size), 7 * -(-size // 4)), 1e-3)
         for size in set(images.client_sizes.tolist())
@@ -223,7 +223,8 @@ def test_a_server_may_add_noise_of_its_own_to_the_clients(images: FederatedData)
     assert result.guarantee.epsilon <= 8
     assert result.user_guarantee.unit == "user"
     alone = _experiment(images, mechanism=experiment.mechanism, **{"privacy.epsilon": None, "privacy.delta": 1e-3})
-    assert result.user_guarantee.epsilon == alone.plan().guarantee.epsilon
+    assert result.record["user_epsilon"] == result.user_guarantee.epsilon == alone.plan().guarantee.epsilon
+    assert result.record["epsilon_spent"] == result.record["example_epsilon"] == result.guarantee.epsilon
     assert result.record["noise_multiplier"] == 2
 
 
@@ -238,6 +239,7 @@ def test_clipping_examples_without_noise_is_the_ceiling(images: FederatedData) -
     result = experiment.run(0, progress=False)
     assert result.record["epsilon_spent"] is None
     assert result.record["example_epsilon"] is None
+    assert result.record["user_epsilon"] is None
     assert result.record["delta"] is None
     assert "No differential privacy" in result.guarantee.statement()
     assert result.accuracy > 0.9

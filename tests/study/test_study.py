@@ -132,7 +132,9 @@ def test_both_guarantees_travel_through_workers_and_are_verified(
     assert frame["example_noise_multiplier"].tolist() == [2.0, examples.client_plan().noise_multiplier]
     assert (frame["epsilon_spent"] <= 8).all()
     assert frame["example_epsilon"][1] == frame["epsilon_spent"][1] != frame["example_epsilon"][0]
-    for experiment in (users, examples):
+    assert frame["user_epsilon"][0] == frame["epsilon_spent"][0]
+    assert np.isnan(frame["user_epsilon"][1])
+    for experiment, column in ((users, "user_epsilon"), (users, "example_epsilon"), (examples, "example_epsilon")):
         path = tmp_path / "records" / f"{experiment.run_id(0)}.json"
         content = json.loads(path.read_text())
         assert content["guarantee"]["unit"] == experiment.privacy.unit
@@ -141,10 +143,12 @@ def test_both_guarantees_travel_through_workers_and_are_verified(
         with contextlib.suppress(SystemExit):
             main()
         assert capsys.readouterr().out.count("confirmed") == (2 if experiment is users else 1)
-        content["record"]["example_epsilon"] /= 2
+        content["record"][column] /= 2
         path.write_text(json.dumps(content))
         with pytest.raises(SystemExit) as refused:
             main()
+        content["record"][column] *= 2
+        path.write_text(json.dumps(content))
         assert refused.value.code == 2
         assert "do not rely on it" in capsys.readouterr().err
 

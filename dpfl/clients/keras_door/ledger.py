@@ -22,10 +22,20 @@ class _Table(NamedTuple):
     Attributes:
         settings: `Release.row`s, (rows, columns), float64.
         counts: charges and steps, (rows, 2), int64.
+        last: the row that counted the last step, int32 scalar; where to look first.
     """
 
     settings: tf.Variable
     counts: tf.Variable
+    last: tf.Variable
+
+    @classmethod
+    def made_by(cls, make: Callable[[str, tuple[int, ...], tf.DType], tf.Variable]) -> _Table:
+        settings, counts = (
+            make("settings", (_ROWS, Release.columns()), tf.float64),
+            make("counts", (_ROWS, 2), tf.int64),
+        )
+        return cls(settings, counts, last=tf.Variable(0, trainable=False))
 
     def entries(self) -> list[Entry]:
         return [
@@ -42,13 +52,19 @@ class _Table(NamedTuple):
         self.counts.assign(counts)
 
     def note(self, wanted: tf.Tensor, charge: tf.Tensor) -> None:
+        is_last = tf.reduce_all(tf.equal(tf.gather(self.settings, self.last), wanted))
+        with tf.control_dependencies([tf.cond(is_last, lambda: tf.identity(self.last), lambda: self._find(wanted))]):
+            self.counts.scatter_nd_add(self.last[None, None], tf.stack([charge, 1])[None])
+
+    def _find(self, wanted: tf.Tensor) -> tf.Tensor:
+        """Makes the row with these settings, or a free one, the last."""
         taken = self.counts[:, 1] > 0
         same = taken & tf.reduce_all(tf.equal(self.settings, wanted), axis=1)
         fitness = tf.where(same, 2, tf.where(taken, 0, 1))
         tf.debugging.assert_positive(tf.reduce_max(fitness), "the model's ledger is full: make a new DPModel.")
-        row = tf.argmax(fitness, output_type=tf.int32)[None, None]
-        self.settings.scatter_nd_update(row, wanted[None])
-        self.counts.scatter_nd_add(row, tf.stack([charge, 1])[None])
+        row = tf.argmax(fitness, output_type=tf.int32)
+        self.settings.scatter_nd_update(row[None, None], wanted[None])
+        return self.last.assign(row, read_value=True)
 
 
 # What was done with a Keras model in this process, whoever wrapped it and whatever was restored since.
@@ -69,10 +85,9 @@ class TrainingLedger:
     def __init__(
         self, model: tf.keras.Model, add_variable: Callable[[str, tuple[int, ...], tf.DType], tf.Variable]
     ) -> None:
-        shapes = {"settings": ((_ROWS, Release.columns()), tf.float64), "counts": ((_ROWS, 2), tf.int64)}
-        self._saved = _Table(*(add_variable(f"ledger_{name}", *shape) for name, shape in shapes.items()))
+        self._saved = _Table.made_by(lambda name, *shape: add_variable(f"ledger_{name}", *shape))
         if model not in _DONE:
-            _DONE[model] = _Table(*(tf.Variable(tf.zeros(*shape), trainable=False) for shape in shapes.values()))
+            _DONE[model] = _Table.made_by(lambda _, *shape: tf.Variable(tf.zeros(*shape), trainable=False))
         self._done = _DONE[model]
         self.reconcile()
 

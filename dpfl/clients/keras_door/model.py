@@ -19,11 +19,12 @@ from dpfl.clients.keras_door.checks import check_training
 from dpfl.clients.keras_door.ledger import TrainingLedger
 from dpfl.clients.keras_door.losses import per_example_loss
 from dpfl.clients.keras_door.optimizers import DPOptimizer
-from dpfl.clients.keras_door.releases import Entry, Release, Sampling
+from dpfl.clients.keras_door.releases import Entry, Release
 from dpfl.clients.per_example import clipped_gradients
 from dpfl.errors import InputError
 from dpfl.noise import round_seed
 from dpfl.privacy import Accountant, Guarantee, Relation, largest_count
+from dpfl.privacy.example_level import ExampleSampling
 from dpfl.randomness import Purpose, check_seed, stateless_seed
 
 _DEFAULT_BATCH_SIZE = 32  # Keras'
@@ -197,7 +198,7 @@ class DPModel(tf.keras.Model):
         workers: int = 1,
         use_multiprocessing: bool = False,
         *,
-        sampling: Sampling = "poisson",
+        sampling: ExampleSampling = "poisson",
         max_batch_size: int | None = None,
     ) -> tf.keras.callbacks.History:
         """Trains privately; the arguments of `tf.keras.Model.fit`, of which these differ.
@@ -426,7 +427,10 @@ class DPModel(tf.keras.Model):
         after_one = _with_more(entries, release, 1, 1)
         releases.check_analysable(after_one, delta, relation, accountant, allow_weak_delta)
         first = releases.spent(after_one, delta, relation, accountant)
+        charges = math.ceil(planned / self._fit.steps_per_charge)
         if budget is None:
+            # What has no answer at the end is refused at the start.
+            releases.spent(_with_more(entries, release, charges, planned), delta, relation, accountant)
             return math.inf
         if first > budget:
             raise InputError(
@@ -435,7 +439,6 @@ class DPModel(tf.keras.Model):
             )
         if int(self._steps_per_execution) > 1:
             raise InputError("an epsilon budget is kept step by step: compile with steps_per_execution=1.")
-        charges = math.ceil(planned / self._fit.steps_per_charge)
 
         def event_after(more: int) -> dp_accounting.DpEvent:
             return releases.event_of(_with_more(entries, release, more, more))
@@ -498,7 +501,7 @@ class DPModel(tf.keras.Model):
         steps_per_epoch: int | None,
         class_weight: dict[int, float] | None,
         sample_weight: Any,
-        sampling: Sampling,
+        sampling: ExampleSampling,
         max_batch_size: int | None,
     ) -> Batches:
         """The minibatches of arrays."""

@@ -13,9 +13,7 @@ import tensorflow as tf
 
 from dpfl.clients.per_example import Clipping
 from dpfl.errors import InputError
-
-_SMALLEST_CLIP_NORM, _LARGEST_CLIP_NORM = 1e-9, 1e9  # beyond, squares leave the range of float32
-_LEAST_NOISE, _LARGEST_NOISE = 0.01, 1e9  # with less, nobody is protected
+from dpfl.limits import LARGEST_CLIP_NORM, LARGEST_NOISE, LEAST_NOISE, SMALLEST_CLIP_NORM
 
 
 class DPOptimizer:
@@ -41,19 +39,19 @@ class DPOptimizer:
         microbatch_size: int | None,
     ) -> None:
         if not (
-            isinstance(l2_norm_clip, numbers.Real) and _SMALLEST_CLIP_NORM <= float(l2_norm_clip) <= _LARGEST_CLIP_NORM
+            isinstance(l2_norm_clip, numbers.Real) and SMALLEST_CLIP_NORM <= float(l2_norm_clip) <= LARGEST_CLIP_NORM
         ):
             raise InputError(
-                f"l2_norm_clip must be a number between {_SMALLEST_CLIP_NORM:g} and {_LARGEST_CLIP_NORM:g}, but it was "
+                f"l2_norm_clip must be a number between {SMALLEST_CLIP_NORM:g} and {LARGEST_CLIP_NORM:g}, but it was "
                 f"{l2_norm_clip!r}."
             )
         if not (
             isinstance(noise_multiplier, numbers.Real)
-            and (noise_multiplier == 0 or _LEAST_NOISE <= float(noise_multiplier) <= _LARGEST_NOISE)
+            and (noise_multiplier == 0 or LEAST_NOISE <= float(noise_multiplier) <= LARGEST_NOISE)
         ):
             raise InputError(
-                f"noise_multiplier must be 0 (no noise, no privacy) or a number between {_LEAST_NOISE:g} and "
-                f"{_LARGEST_NOISE:g}, but it was {noise_multiplier!r}; dpfl.privacy.noise_multiplier finds the one for "
+                f"noise_multiplier must be 0 (no noise, no privacy) or a number between {LEAST_NOISE:g} and "
+                f"{LARGEST_NOISE:g}, but it was {noise_multiplier!r}; dpfl.privacy.noise_multiplier finds the one for "
                 "an epsilon."
             )
         if gradient_accumulation_steps != 1:

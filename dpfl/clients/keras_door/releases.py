@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import dp_accounting
 import numpy as np
 
 from dpfl.clients.per_example import Clipping
-from dpfl.errors import InputError
-from dpfl.privacy import Accountant, Guarantee, Relation, accountant_for, epsilon, poisson_gaussian
+from dpfl.privacy import Accountant, Guarantee, Relation, accountant_for, epsilon
 from dpfl.privacy.accounting import accountant_name, check_analysis, check_delta
 from dpfl.privacy.events import as_dict
+from dpfl.privacy.example_level import ExampleSampling, check_example_analysis, client_event
+from dpfl.privacy.target import check_weak_delta
 
-Sampling = Literal["poisson", "shuffled"]
-
-_SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
+_SAMPLINGS: tuple[ExampleSampling, ...] = get_args(ExampleSampling)
 _CLIPPINGS: tuple[Clipping, ...] = get_args(Clipping)
 _CLIPPED: dict[Clipping, str] = {
     "flat": "clipped to L2 norm {norm:g}",
@@ -49,7 +48,7 @@ class Release:
         clipping: "flat", "per_layer" or "automatic".
     """
 
-    sampling: Sampling
+    sampling: ExampleSampling
     examples: int
     batch_size: int
     max_batch_size: int | None
@@ -84,28 +83,19 @@ class Release:
             _CLIPPINGS[int(clipping)],
         )
 
-    def check_relation(self, relation: Relation) -> None:
-        """Refuses a neighbouring relation under which the sampling has no known analysis."""
-        if self.sampling == "shuffled" and relation == "add_or_remove_one":
-            raise InputError(
-                "shuffled minibatches have no known guarantee under the relation add_or_remove_one, since an example "
-                'more changes all minibatches after it: take sampling="poisson" or the relation replace_one.'
-            )
-
     def event(self, charges: int) -> dp_accounting.DpEvent:
         """The privacy event of so many charges, at least 1: of steps if Poisson, of passes if shuffled."""
         if not self.noise_multiplier:
             return dp_accounting.NonPrivateDpEvent()
-        if self.sampling == "shuffled":
-            # Minibatches of a pass have no example in common: an example is in one of its sums.
-            return poisson_gaussian(self.noise_multiplier, 1.0, charges)
-        rate = self.batch_size / self.examples
-        if self.max_batch_size is not None and self.max_batch_size < self.examples:
-            one = dp_accounting.TruncatedSubsampledGaussianDpEvent(
-                self.examples, rate, self.max_batch_size, self.noise_multiplier
-            )
-            return dp_accounting.SelfComposedDpEvent(one, charges)
-        return poisson_gaussian(self.noise_multiplier, rate, charges)
+        return client_event(
+            noise_multiplier=self.noise_multiplier,
+            records=self.examples,
+            batch_size=self.batch_size,
+            local_steps=1,  # of a pass an example is in one step, whichever that is
+            participations=charges,
+            sampling=self.sampling,
+            max_batch_size=self.max_batch_size,
+        )
 
     def mechanism_in_words(self) -> str:
         """The mechanism as a clause of the guarantee's statement."""
@@ -158,14 +148,16 @@ def check_analysable(
     """Refuses a delta, relation or accountant under which a ledger has no guarantee worth its name."""
     check_delta(delta)
     check_analysis(relation, accountant)
-    for entry in entries:
-        entry.release.check_relation(relation)
-    fewest = min(entry.release.examples for entry in entries)
-    if delta >= 1 / fewest and not allow_weak_delta:
-        raise InputError(
-            f"delta {delta:g} is no privacy for {fewest} examples: choose a delta below 1 / examples = "
-            f"{1 / fewest:.2g}, or allow it knowingly (allow_weak_delta=True)."
-        )
+    for release in (entry.release for entry in entries):
+        if release.noise_multiplier:  # without, there is nothing to analyse
+            check_example_analysis(
+                relation,
+                accountant,
+                records=np.array([release.examples]),
+                sampling=release.sampling,
+                max_batch_size=release.max_batch_size,
+            )
+        check_weak_delta(delta, release.examples, allow_weak_delta, "examples")
 
 
 def spent(entries: Sequence[Entry], delta: float, relation: Relation, accountant: Accountant) -> float:

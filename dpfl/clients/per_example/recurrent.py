@@ -56,15 +56,19 @@ def _recurrent(
     products = capture.watch(products)
     # Adding a zero that is watched gives the gradients of the state's products at every step.
     added = capture.watch(tf.zeros_like(products))
-    by_step, added_by_step = (tf.transpose(part, [1, 0, 2]) for part in (products, added))
+    # Read from arrays, a step's gradient is written to its place; slices would each have one as large as all steps.
+    by_step, added_by_step = (
+        tf.TensorArray(tf.float32, steps, clear_after_read=False).unstack(tf.transpose(part, [1, 0, 2]))
+        for part in (products, added)
+    )
     mask_by_step = None if mask is None else tf.transpose(mask)[:, :, None]
     units = int(cell.units)
 
     def body(index: tf.Tensor, state: list[tf.Tensor], kept: tf.TensorArray) -> Any:
-        recurrent = tf.matmul(state[0], cell.recurrent_kernel) + added_by_step[index]
+        recurrent = tf.matmul(state[0], cell.recurrent_kernel) + added_by_step.read(index)
         if recurrent_bias is not None:
             recurrent += recurrent_bias
-        new = step(by_step[index], recurrent, state)
+        new = step(by_step.read(index), recurrent, state)
         if mask_by_step is not None:
             new = [tf.where(mask_by_step[index], after, before) for after, before in zip(new, state, strict=True)]
         return index + 1, new, kept.write(index, new[0])
