@@ -170,7 +170,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     from dpfl.charts.canvas import style
 
     with style:
-        made = Figure(figsize=(3.6, 2.7), layout="constrained")
+        made = Figure(figsize=(3.6, 3.1), layout="constrained")
         axes = made.add_subplot()
         summary = summarise(frame, ["activation", "epsilon", "published"])
         colours = {"relu": "#0072B2", "tanh": "#D55E00"}
@@ -181,12 +181,14 @@ def figure(frame: pd.DataFrame) -> Figure:
             published = f"published, {activation}"
             axes.plot(rows["epsilon"], rows["published"], "x", color=colour, markersize=7, label=published)
         axes.set_xscale("log")
-        axes.set_xticks(sorted(summary["epsilon"]), [f"{value:g}" for value in sorted(summary["epsilon"])])
+        axes.set_xticks([1, 2, 3, 5, 8], ["1", "2", "3", "5", "8"])
         axes.set_xticks([], minor=True)
+        axes.set_xlim(1, 9)
         axes.set_xlabel("epsilon at delta 1e-5, example level")
         axes.set_ylabel("test accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.legend(loc="lower right")
+        seeds = int(summary["seeds"].max())
+        made.legend(loc="outside upper center", ncols=2, title=f"bars: 95 % t interval of the mean of {seeds} seeds")
     return made
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from keras.src.backend import _SEED_GENERATOR
 
 from dpfl.errors import InputError
 from dpfl.models.named import NAMED, check_named
@@ -312,13 +313,20 @@ class _SeededGenerator:
 
 @contextlib.contextmanager
 def _keras_seed(seed: int) -> Iterator[None]:
-    """Seeds Keras' initialisers, which draw their seeds from Python's `random`, and restores it after."""
-    state = random.getstate()
-    random.seed(int(generator(seed, Purpose.INITIAL_WEIGHTS).integers(2**31)))
+    """Seeds what Keras' initialisers draw their seeds from, and restores it after.
+
+    That is Python's `random`, or a generator of Keras' own once somebody has called `tf.keras.utils.set_random_seed`.
+    """
+    drawn = int(generator(seed, Purpose.INITIAL_WEIGHTS).integers(2**31))
+    state, keras_generator = random.getstate(), getattr(_SEED_GENERATOR, "generator", None)
+    random.seed(drawn)
+    if keras_generator is not None:
+        _SEED_GENERATOR.generator = random.Random(drawn)
     try:
         yield
     finally:
         random.setstate(state)
+        _SEED_GENERATOR.generator = keras_generator
 
 
 def _layers(model: tf.keras.Model) -> list[tf.keras.layers.Layer]:

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.backend import _SEED_GENERATOR
 
 from dpfl.errors import InputError
 from dpfl.models.functional import FunctionalModel
@@ -249,3 +250,19 @@ def test_bound_layers_hold_the_very_tensors_that_they_are_given(build: object, i
     assert len(seen) == 2
     assert all(itertools.chain(*seen))
     assert len(seen[0]) == len(model.shapes)
+
+
+def test_initial_weights_do_not_depend_on_the_seed_that_somebody_gave_keras() -> None:
+    model = FunctionalModel("mlp", SHAPE, CLASSES)
+    before = model.initial_weights(3)
+    state = random.getstate()
+    try:
+        for seed in (1, 2):
+            tf.keras.utils.set_random_seed(seed)
+            expected = random.Random(seed).randint(1, 10**9)
+            for one, other in zip(before, model.initial_weights(3), strict=True):
+                np.testing.assert_array_equal(one, other)
+            assert _SEED_GENERATOR.generator.randint(1, 10**9) == expected  # left as it was
+    finally:
+        _SEED_GENERATOR.generator = None
+        random.setstate(state)
