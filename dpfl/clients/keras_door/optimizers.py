@@ -129,8 +129,8 @@ def _alone(optimizer: DPOptimizer) -> InputError:
 class DPKerasSGDOptimizer(DPOptimizer, tf.keras.optimizers.SGD):
     """DP-SGD (Abadi et al. 2016, 1607.00133) with momentum, for `dpfl.DPModel`.
 
-    The arguments are those of `tensorflow_privacy.DPKerasSGDOptimizer`, which takes some hundred times as long. The
-    noise for an epsilon comes from the accountant::
+    The arguments are those of `tensorflow_privacy.DPKerasSGDOptimizer`, which is 14 to 197 times as slow
+    (`experiments/benchmarks/run.py`). The noise for an epsilon comes from the accountant::
 
         noise = dpfl.privacy.noise_multiplier(
             target_epsilon=3, delta=1e-5, sampling_rate=256 / 60_000, steps=15 * 235
