@@ -10,11 +10,15 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Yields a temporary path beside `path` and moves it there if the block ends well.
 
     A reader, or a start after a crash, sees the old file or the new one, never a part. The suffix is
     kept, since many writers choose the format by it.
+
+    Args:
+        path: where the file shall be; its folder is made if absent.
+        mode: who may read and write the file; before it is whole, nobody but its owner.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -24,7 +28,13 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_parts(path: Path) -> None:
+    """Removes what `written_whole(path)` left behind where it was killed; for whoever alone writes that file."""
+    for part in path.parent.glob(f".{path.stem}-*{path.suffix}"):
+        part.unlink(missing_ok=True)

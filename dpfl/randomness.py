@@ -35,6 +35,7 @@ class Purpose(enum.IntEnum):
     ROTATION = 13
     EXAMPLE_SAMPLING = 14
     EXAMPLE_NOISE = 15
+    CHOOSING_CLIENTS = 16
 
 
 def check_seed(seed: Any) -> int:

@@ -73,10 +73,13 @@ def _options(
 def tradeoff(
     data: Annotated[
         str,
-        typer.Option(help="digits, synthetic, mnist, fashion_mnist, cifar10, or a .npz, .csv or .parquet file."),
+        typer.Option(
+            help="digits, synthetic, mnist, fashion_mnist, cifar10, femnist, emnist, cifar100, or a .npz, .csv or "
+            ".parquet file."
+        ),
     ] = "digits",
     clients: Annotated[
-        int | None, typer.Option(help="Number of simulated clients, for data without clients. [digits: 300]")
+        int | None, typer.Option(help="Clients: simulated, or to read of a dataset's own. [digits: 300]")
     ] = None,
     partition: Annotated[
         str | None, typer.Option(help="How examples go to simulated clients: iid, dirichlet:ALPHA or shards:N. [iid]")
@@ -128,11 +131,21 @@ def tradeoff(
         Literal["sgd", "momentum", "adam"], typer.Option(help="The server's optimizer.")
     ] = "sgd",
     server_learning_rate: Annotated[float, typer.Option(help="Learning rate of the server's optimizer.")] = 1.0,
+    engine: Annotated[
+        Literal["graph", "tff"],
+        typer.Option(
+            help="What runs the rounds: dpfl's own graph, or TensorFlow Federated, slower, to the same numbers."
+        ),
+    ] = "graph",
     seeds: Annotated[int, typer.Option(help="Number of seeds; every configuration uses the same ones.")] = 3,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. [one for each core]")] = None,
     out: Annotated[Path, typer.Option(help="Folder for tables and figures; finished runs in it are kept.")] = Path(
         "runs/tradeoff"
     ),
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rounds after which a run that has not ended is kept too; for long runs. [never]"),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run: a small grid where no other is given.")] = False,
 ) -> None:
     """Train over epsilon x clip norm x number of rounds, and chart accuracy against privacy."""
@@ -183,12 +196,13 @@ def tradeoff(
         server=ServerOptimizer(name=server_optimizer, learning_rate=server_learning_rate),
         seeds=seeds,
         deployment=deployment,
+        engine=engine,
     )
     total, pending = len(study.run_ids), study.pending(out)
     if pending < total:
         print(f"{total - pending} of {total} runs are finished in {out} and kept; {pending or 'none'} to do.")
     try:
-        frame = study.run(out, workers=workers).frame()
+        frame = study.run(out, workers=workers, checkpoint_every=checkpoint_every).frame()
     except KeyboardInterrupt:
         print(
             f"\ninterrupted: {total - study.pending(out)} of {total} finished runs are kept in {out}; "

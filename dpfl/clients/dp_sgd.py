@@ -13,7 +13,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from dpfl.clients import optimizers
-from dpfl.clients.optimizers import OptimizerNumbers, optimizer_numbers
+from dpfl.clients.optimizers import OptimizerNumbers, optimizer_numbers, with_proximal_term
 from dpfl.clients.per_example import clipped_gradients
 from dpfl.clients.schedule import minibatches, poisson_minibatch
 from dpfl.clients.training import ClientTraining
@@ -30,7 +30,7 @@ class ClientNumbers(NamedTuple):
         epochs: passes over the examples, int32 scalar; 0 where `steps` counts instead.
         clip_norm: the largest L2 norm of one example's gradient, float32 scalar.
         noise_multiplier: standard deviation of the noise on a minibatch's sum, in clip norms, float32 scalar.
-        optimizer: learning rate and decays, float32 scalars.
+        optimizer: learning rate, decays and proximal strength, float32 scalars.
     """
 
     steps: tf.Tensor
@@ -146,8 +146,8 @@ def train_privately(
 
     Each local step draws a minibatch (a Poisson sample at the rate min(1, batch_size / n), or the next part of a
     shuffled epoch), clips, adds noise even where nobody was drawn, divides by min(batch_size, n), adds the gradient of
-    the model's weight penalties, which depends on no example, and lets the optimizer take its step. An
-    example whose gradient is not finite counts as zero. n counts as public.
+    the model's weight penalties and of FedProx's proximal term, which depend on no example, and lets the optimizer
+    take its step. An example whose gradient is not finite counts as zero. n counts as public.
 
     Args:
         model: the model as a function of its weights.
@@ -159,12 +159,13 @@ def train_privately(
         seeds: of this client in this round.
     """
     before = [tf.convert_to_tensor(weight) for weight in weights]
-    records = tf.shape(y)[0]
-    expected_batch_size = tf.minimum(training.batch_size, records)
-    per_epoch = (records + training.batch_size - 1) // training.batch_size
+    records, batch_size = tf.shape(y)[0], training.batch_size
+    assert batch_size is not None  # with an example_clip
+    expected_batch_size = tf.minimum(batch_size, records)
+    per_epoch = (records + batch_size - 1) // batch_size
     steps = tf.where(numbers.steps > 0, numbers.steps, numbers.epochs * per_epoch)
     if training.example_sampling == "shuffled":
-        rows_of, mask_of = _shuffled(records, training.batch_size, numbers, seeds.sampling)
+        rows_of, mask_of = _shuffled(records, batch_size, numbers, seeds.sampling)
 
     def minibatch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         if training.example_sampling == "shuffled":
@@ -172,7 +173,7 @@ def train_privately(
         return poisson_minibatch(
             records,
             step,
-            batch_size=training.batch_size,
+            batch_size=batch_size,
             max_batch_size=training.max_batch_size,
             seed=seeds.sampling,
         )
@@ -201,6 +202,8 @@ def train_privately(
             seed=round_seed(seeds.noise, step),
         )
         gradients = with_penalties(mean, found.penalties)
+        if training.is_proximal:
+            gradients = with_proximal_term(gradients, weights, before, numbers.optimizer.proximal_strength)
         weights, moments = optimizers.step(training.optimizer, weights, gradients, moments, numbers.optimizer, step)
         longer = tf.reduce_sum(mask * tf.cast(found.norms > numbers.clip_norm, tf.float32))
         return step + 1, weights, moments, clipped + longer / tf.maximum(tf.reduce_sum(mask), 1.0)

@@ -111,6 +111,7 @@ class ClientPlan:
         Returns:
             Upper bounds on a grid of privacy losses that is coarser than the guarantee's, but never above it.
         """
+        assert self.training.batch_size is not None
         clients = client_epsilons(
             noise_multiplier=self.noise_multiplier,
             records=self.records,
@@ -226,7 +227,7 @@ def _adds_noise(training: ClientTraining, target: Privacy) -> bool:
 
 def _event(training: ClientTraining, noise: float, records: int, participations: int) -> dp_accounting.DpEvent:
     """What a client with so many examples releases of each of them in so many rounds."""
-    assert training.example_clip is not None
+    assert training.batch_size is not None
     return client_event(
         noise_multiplier=noise,
         records=records,
@@ -316,6 +317,7 @@ def _sampling_in_words(training: ClientTraining, records: int) -> str:
     if training.example_sampling == "shuffled":
         return f"on minibatches of {training.batch_size} from shuffled epochs of a client's {size}"
     limit = "" if training.max_batch_size is None else f", of which at most {training.max_batch_size} are used"
+    assert training.batch_size is not None
     rate = min(1.0, training.batch_size / records)
     return f"on Poisson samples of a client's {size} at rate {rate:.6g}{limit}"
 

@@ -1,4 +1,4 @@
-"""The clients' optimizers as pure functions over explicit state, in graph."""
+"""The clients' optimizers, and FedProx's term, as pure functions over explicit state, in graph."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from dpfl.clients.training import ClientTraining, Optimizer
 
 
 class OptimizerNumbers(NamedTuple):
-    """The numbers of a client's optimizer, float32 scalars: one graph serves every value of them."""
+    """The numbers of a client's optimizer, float32 scalars: one graph serves every value of them.
+
+    The proximal strength is for `with_proximal_term` alone.
+    """
 
     learning_rate: tf.Tensor
     momentum: tf.Tensor
     second_momentum: tf.Tensor
     adaptivity: tf.Tensor
+    proximal_strength: tf.Tensor
 
 
 def optimizer_numbers(training: ClientTraining) -> OptimizerNumbers:
@@ -56,7 +60,7 @@ def step(
     Returns:
         The weights and the moments after the step.
     """
-    rate, decay, second_decay, adaptivity = numbers
+    rate, decay, second_decay, adaptivity, _ = numbers
     descents = [
         tf.zeros_like(weight) if gradient is None else tf.convert_to_tensor(gradient)
         for weight, gradient in zip(weights, gradients, strict=True)
@@ -80,3 +84,24 @@ def step(
         ]
         kept = (first, second)
     return [weight - move for weight, move in zip(weights, moves, strict=True)], kept
+
+
+def with_proximal_term(
+    gradients: Sequence[Any], weights: Sequence[tf.Tensor], start: Sequence[tf.Tensor], strength: tf.Tensor
+) -> list[Any]:
+    """Adds the gradient of FedProx's proximal term, strength / 2 * ||weights - start||^2.
+
+    Li et al. 2020 (1812.06127), equation 2. It looks at no example, only at weights, which under DP-SGD come from noisy
+    gradients: it needs no noise.
+
+    Args:
+        gradients: one for each weight; None, which stays, for a weight that the loss does not reach and that has not
+            moved either.
+        weights: at which the gradients were taken.
+        start: the weights at the round's start.
+        strength: mu, a float32 scalar.
+    """
+    return [
+        None if gradient is None else tf.convert_to_tensor(gradient) + strength * (weight - first)
+        for gradient, weight, first in zip(gradients, weights, start, strict=True)
+    ]

@@ -4,6 +4,38 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from dpfl.privacy.example_level import ExampleSampling
+
+
+def examples_seen(
+    sizes: tf.Tensor,
+    *,
+    steps: tf.Tensor,
+    epochs: tf.Tensor,
+    batch_size: int | None,
+    sampling: ExampleSampling = "shuffled",
+) -> tf.Tensor:
+    """How many examples clients process in a round, each counted as often as it is in a minibatch.
+
+    A function of the sizes, which count as public, and never of what was drawn.
+
+    Args:
+        sizes: number of each client's examples, at least 1, (clients,), int32.
+        steps: local steps of every client, a scalar; 0 where `epochs` counts instead.
+        epochs: passes over the examples, a scalar; 0 where `steps` counts instead.
+        batch_size: examples in a minibatch; None for all of a client's.
+        sampling: how minibatches are drawn; of "poisson" samples the number is the expected one, before any limit.
+
+    Returns:
+        The numbers, (clients,), int32.
+    """
+    wanted, per_epoch = _local_steps(sizes, steps, epochs, batch_size)
+    largest = sizes if batch_size is None else tf.minimum(batch_size, sizes)
+    if sampling == "poisson":
+        return wanted * largest
+    whole_epochs = (wanted - 1) // per_epoch
+    return whole_epochs * sizes + tf.minimum((wanted - whole_epochs * per_epoch) * largest, sizes)
+
 
 def minibatches(
     starts: tf.Tensor,
@@ -12,7 +44,7 @@ def minibatches(
     *,
     steps: tf.Tensor,
     epochs: tf.Tensor,
-    batch_size: int,
+    batch_size: int | None,
     seed: tf.Tensor,
     round_number: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -27,7 +59,7 @@ def minibatches(
         clients: index of each client, (clients,), int32.
         steps: local steps of every client, a scalar; 0 where `epochs` counts instead.
         epochs: passes over the examples, a scalar; 0 where `steps` counts instead.
-        batch_size: examples in a minibatch.
+        batch_size: examples in a minibatch; None for all of a client's, padded to the largest of these clients.
         seed: the seed of shuffling, (2,), int32.
         round_number: the round, a scalar, int32.
 
@@ -36,11 +68,10 @@ def minibatches(
         that is 1.0 where a row counts: the last minibatch of an epoch may be smaller, and clients
         with fewer steps than the others have empty minibatches at the end.
     """
-    per_epoch = (sizes + batch_size - 1) // batch_size
-    wanted = tf.where(steps > 0, tf.fill(tf.shape(sizes), steps), epochs * per_epoch)
+    wanted, per_epoch = _local_steps(sizes, steps, epochs, batch_size)
+    seen = tf.reduce_max(examples_seen(sizes, steps=steps, epochs=epochs, batch_size=batch_size))
     whole_epochs = (wanted - 1) // per_epoch
-    in_last_epoch = tf.minimum((wanted - whole_epochs * per_epoch) * batch_size, sizes)
-    seen = tf.reduce_max(whole_epochs * sizes + in_last_epoch)
+    places = tf.reduce_max(sizes) if batch_size is None else batch_size
 
     # Each client's epochs stand one behind the other, so that large and small clients share a layout
     # without a place for every epoch of the smallest times every example of the largest.
@@ -54,7 +85,7 @@ def minibatches(
     order = tf.math.top_k(-keys, seen).indices % sizes[:, None]
 
     step = tf.range(tf.reduce_max(wanted))[None, :]
-    within = (step % per_epoch[:, None])[:, :, None] * batch_size + tf.range(batch_size)
+    within = (step % per_epoch[:, None])[:, :, None] * places + tf.range(places)
     counts = (within < sizes[:, None, None]) & (step < wanted[:, None])[:, :, None]
     looked_up = (step // per_epoch[:, None] * sizes[:, None])[:, :, None] + within
     chosen = tf.gather(order, tf.where(counts, looked_up, 0), batch_dims=1)
@@ -94,6 +125,14 @@ def poisson_minibatch(
     drawn = tf.size(rows)
     length = tf.maximum(drawn, 1)
     return tf.concat([rows, [0]], axis=0)[:length], tf.cast(tf.range(length) < drawn, tf.float32)
+
+
+def _local_steps(
+    sizes: tf.Tensor, steps: tf.Tensor, epochs: tf.Tensor, batch_size: int | None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Local steps of each client in a round, and of an epoch, both (clients,), int32."""
+    per_epoch = tf.ones_like(sizes) if batch_size is None else (sizes + batch_size - 1) // batch_size
+    return tf.where(steps > 0, tf.fill(tf.shape(sizes), steps), epochs * per_epoch), per_epoch
 
 
 def _hash(

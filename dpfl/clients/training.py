@@ -27,7 +27,8 @@ class ClientTraining(Config):
 
     Attributes:
         learning_rate: of the optimizer, positive.
-        batch_size: examples in a minibatch; the expected number of them where minibatches are Poisson samples.
+        batch_size: examples in a minibatch; the expected number of them where minibatches are Poisson samples. None
+            takes all of a client's examples in every local step; not for clients with an `example_clip`.
         epochs: passes over the client's examples in a round, each of ceil(examples / batch_size) local
             steps; None if `steps` is given.
         steps: local steps in a round, the same for every client; None if `epochs` is given.
@@ -37,6 +38,9 @@ class ClientTraining(Config):
         momentum: decay of the mean of gradients, for "momentum" and "adam", in [0, 1).
         second_momentum: decay of the mean of squared gradients, for "adam", in [0, 1).
         adaptivity: the constant in Adam's denominator, positive.
+        proximal_strength: mu of FedProx (Li et al. 2020, 1812.06127, equation 2), at least 0: a client's loss gets
+            mu / 2 times the squared distance from the weights at the round's start, and its gradient mu times the
+            difference, so that unlike clients drift apart less. Depends on no example: costs no privacy.
         example_clip: the largest L2 norm of one example's gradient; None trains without example-level
             privacy. Too small a norm biases the direction, too large a one raises the noise with it.
         example_noise: standard deviation of the noise on the sum of a minibatch's clipped gradients, divided by
@@ -56,13 +60,14 @@ class ClientTraining(Config):
     """
 
     learning_rate: float = 0.1
-    batch_size: int = pydantic.Field(default=20, gt=0)
+    batch_size: int | None = pydantic.Field(default=20, gt=0)
     epochs: int | None = pydantic.Field(default=None, gt=0)
     steps: int | None = pydantic.Field(default=None, gt=0)
     optimizer: Optimizer = "sgd"
     momentum: float = pydantic.Field(default=0.9, ge=0, lt=1)
     second_momentum: float = pydantic.Field(default=0.999, ge=0, lt=1)
     adaptivity: float = pydantic.Field(default=1e-7, gt=0, allow_inf_nan=False)
+    proximal_strength: float = pydantic.Field(default=0.0, ge=0, allow_inf_nan=False)
     example_clip: float | None = None
     example_noise: float | None = None
     example_clipping: ExampleClipping = "flat"
@@ -106,6 +111,12 @@ class ClientTraining(Config):
                 f"example_noise must be 0 (no noise), or at least {LEAST_NOISE:g} and at most {LARGEST_NOISE:g}, "
                 f"but it was {noise:g}; None calibrates it to epsilon."
             )
+        if self.batch_size is None:
+            raise InputError(
+                "batch_size=None takes all of a client's examples in every local step, while clients with an "
+                "example_clip draw each example with probability batch_size / examples: say how many are to be "
+                "expected (batch_size=20), or leave example_clip out."
+            )
         if self.max_batch_size is None:
             return
         if self.example_sampling == "shuffled":
@@ -125,13 +136,29 @@ class ClientTraining(Config):
         return self.example_clip is not None
 
     @property
+    def is_proximal(self) -> bool:
+        """Whether local steps are drawn back to the weights at the round's start, as in FedProx."""
+        return self.proximal_strength > 0
+
+    @property
+    def is_fed_sgd(self) -> bool:
+        """Whether a client's update is minus the gradient of its mean loss over all of its examples.
+
+        The server's optimizer then takes a step along the clients' gradients: FedSGD (McMahan et al. 2017, 1602.05629,
+        section 2).
+        """
+        one_step = self.batch_size is None and 1 in (self.steps, self.epochs)
+        return one_step and self.optimizer == "sgd" and self.learning_rate == 1 and not self.is_proximal
+
+    @property
     def structure(self) -> tuple[Any, ...]:
         """What a compiled graph depends on: trainings that agree in it differ in numbers alone."""
+        plain = (self.batch_size, self.optimizer, self.is_proximal)
         if not self.is_private:
-            return (self.batch_size, self.optimizer)
-        private = (self.example_clipping, self.example_sampling, self.max_batch_size, self.microbatch_size)
-        return (self.batch_size, self.optimizer, *private)
+            return plain
+        return (*plain, self.example_clipping, self.example_sampling, self.max_batch_size, self.microbatch_size)
 
     def local_steps(self, records: int) -> int:
         """The number of local steps in a round of a client with so many examples."""
-        return self.steps if self.steps is not None else (self.epochs or 0) * -(-records // self.batch_size)
+        per_epoch = 1 if self.batch_size is None else -(-records // self.batch_size)
+        return self.steps if self.steps is not None else (self.epochs or 0) * per_epoch

@@ -19,7 +19,7 @@ Examples = tuple[npt.ArrayLike, npt.ArrayLike]
 
 _MOST_FLOATING_POINT_CLASSES = 100
 
-_HELD_OUT = {
+HELD_OUT = {
     "examples": "Held-out examples belong to clients that train: the guarantee covers the model, "
     "not the accuracies measured on them.",
     "clients": "Held-out clients never train: the guarantee neither protects them "
@@ -159,9 +159,9 @@ def assemble(
         trained, owner = np.unique(client_of[train], return_inverse=True)
         names = tuple(map(str, ids[trained]))
         if tests + validations:
-            assumptions += (_HELD_OUT[split],)
+            assumptions += (HELD_OUT[split],)
         if given:
-            assumptions += (_HELD_OUT["given"],)
+            assumptions += (HELD_OUT["given"],)
     train = train[np.argsort(owner, kind="stable")]
 
     if len(standardized) and len(train):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from dpfl.errors import InputError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+    import tensorflow_federated as tff
 
 _ARRAYS = ("x", "y", "offsets", "x_validation", "y_validation", "x_test", "y_test")
 
@@ -150,6 +156,93 @@ class FederatedData:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock()  # pickle does not keep the flag
+
+    @classmethod
+    def from_tff(
+        cls,
+        train: tff.simulation.datasets.ClientData,
+        *,
+        test: tff.simulation.datasets.ClientData | tf.data.Dataset | None = None,
+        validation: tff.simulation.datasets.ClientData | tf.data.Dataset | None = None,
+        x: str | Sequence[str] | None = None,
+        y: str | None = None,
+        name: str = "tff",
+        clients: int | Sequence[str] | None = None,
+        num_classes: int | None = None,
+        test_fraction: float = 0.2,
+        validation_fraction: float = 0.1,
+        split: Literal["examples", "clients"] = "examples",
+        seed: int = 0,
+        progress: bool = True,
+    ) -> FederatedData:
+        """Reads TensorFlow Federated's client data; its client ids and their order are kept.
+
+        Each element is one example: a pair (x, y) or named features, single or in batches of any number. Give client
+        data before it is repeated or shuffled. As elsewhere in dpfl, uint8 images are scaled to [0, 1] and get a
+        channel axis where they have none; all else is used as it is, in float32.
+
+        Args:
+            train: the training examples, of any subclass of `tff.simulation.datasets.ClientData`.
+            test: Test examples, of all clients together; then none are set aside.
+            validation: Validation examples, as `test`.
+            x: The feature to learn from, or several, which are then strung together as one vector. By default "x", or
+                else the only feature beside `y` that is neither a single value nor text.
+            y: The feature that is the class, one integer or string each; by default whichever of "y" and "label"
+                there is.
+            name: What charts and records call the dataset.
+            clients: How many clients to read, drawn at random with the seed, or the ids of those to read; all by
+                default. One client after the other is read, and memory is needed for three copies of what is kept.
+            progress: Show a progress bar while clients are read.
+            num_classes, test_fraction, validation_fraction, split, seed: See `dpfl.data.from_arrays`.
+
+        Raises:
+            InputError: There is no TensorFlow Federated on this machine, the features are not clear or not of equal
+                shape, a client has no example, or an option is not valid.
+        """
+        from dpfl.tff.client_data import from_client_data
+
+        return from_client_data(
+            train,
+            test=test,
+            validation=validation,
+            x=x,
+            y=y,
+            name=name,
+            clients=clients,
+            num_classes=num_classes,
+            test_fraction=test_fraction,
+            validation_fraction=validation_fraction,
+            split=split,
+            seed=seed,
+            progress=progress,
+        )
+
+    def to_tff(self) -> tff.simulation.datasets.ClientData:
+        """Returns the training examples as TensorFlow Federated's client data, for anything that takes it.
+
+        The client ids are kept; the elements are `OrderedDict(x=, y=)`, one example each: float32 of `example_shape`
+        and int32. `create_tf_dataset_for_client` reads one client's rows; TFF's own `dataset_computation` puts all
+        training examples into the graph that it sends to its worker, which protocol buffers bound at 2 GB.
+
+        Raises:
+            InputError: There is no TensorFlow Federated on this machine.
+        """
+        from dpfl.tff.client_data import to_client_data
+
+        return to_client_data(self)
+
+    def held_out(self, part: Literal["test", "validation"] = "test") -> tf.data.Dataset:
+        """Returns held-out examples as a `tf.data.Dataset` of elements as `to_tff` has them, not batched.
+
+        Raises:
+            InputError: There is no such part.
+        """
+        import tensorflow as tf
+
+        if part not in ("test", "validation"):
+            raise InputError(f"part is {part!r}, but 'test' or 'validation' is needed.")
+        x, y = (self.x_test, self.y_test) if part == "test" else (self.x_validation, self.y_validation)
+        return tf.data.Dataset.from_tensor_slices(collections.OrderedDict(x=x, y=y))
 
     @property
     def num_clients(self) -> int:

@@ -11,12 +11,17 @@ from typing import Any
 from dpfl.data.embedded import digits, synthetic
 from dpfl.data.federated_data import FederatedData
 from dpfl.data.files import SUFFIXES, from_file
-from dpfl.data.images import cifar10, fashion_mnist, mnist
+from dpfl.data.images import cifar10, fashion_mnist, femnist, mnist
+from dpfl.data.tff_datasets import cifar100, emnist, shakespeare, stackoverflow
 from dpfl.data.wording import instead
 from dpfl.errors import InputError
 
 SOURCES: dict[str, Callable[..., FederatedData]] = {
-    source.__name__: source for source in (digits, synthetic, mnist, fashion_mnist, cifar10)
+    source.__name__: source
+    for source in (
+        *(digits, synthetic, mnist, fashion_mnist, cifar10, femnist),
+        *(emnist, cifar100, shakespeare, stackoverflow),
+    )
 }
 """Datasets that `load` knows by name."""
 
@@ -36,7 +41,7 @@ def load(
 
     Args:
         source: A name in `SOURCES`, or the path of a file as in `from_file`.
-        clients: Number of clients, where clients are simulated.
+        clients: Number of clients where clients are simulated, or to read where a dataset has more of its own.
         partition: How examples are dealt to them.
         client: Column of the client, for files.
         label: Column of the label, for files.

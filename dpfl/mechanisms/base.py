@@ -24,7 +24,7 @@ from dpfl.privacy.target import check_weak_delta
 from dpfl.sampling import BaseSampler
 
 if TYPE_CHECKING:
-    from dpfl.mechanisms.queries import SumQuery
+    from dpfl.mechanisms.queries import MeanQuery, SumQuery
 
 _LEAST_NOISE_FOR_PLD = 0.1  # with less, the privacy loss may take more values than memory holds
 _MOST_ROUNDS = 1_000_000_000
@@ -52,6 +52,7 @@ class BaseMechanism(Config):
             target's epsilon is a budget: training ends before the round that would exceed it.
         released: what the guarantee covers, in words.
         needs_dimension: whether accounting depends on the number of coordinates of an update.
+        weighting: clients count alike: weights by data would break the sensitivity (see `dpfl.NoMechanism`).
     """
 
     name: str
@@ -59,6 +60,7 @@ class BaseMechanism(Config):
     noise_multiplier: float | None = None
     released: ClassVar[str] = "the models after all rounds"
     needs_dimension: ClassVar[bool] = False
+    weighting: ClassVar[Literal["equal"]] = "equal"
 
     @pydantic.model_validator(mode="after")
     def _check_numbers(self) -> BaseMechanism:
@@ -125,6 +127,12 @@ class BaseMechanism(Config):
         sampler.check_relation(relation)
 
     # What is the same for all.
+
+    def mean_query(self, plan: Plan, seed: int, template: Any) -> MeanQuery:
+        """The query of the mean: the noisy sum divided by the expected cohort; see `Plan.query`."""
+        from dpfl.mechanisms.queries import MeanQuery
+
+        return MeanQuery(self.sum_query(plan, seed, template), plan.expected_cohort)
 
     def check(
         self, target: Privacy, sampler: BaseSampler, population: int, deployment: Deployment | None = None

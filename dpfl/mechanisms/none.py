@@ -16,13 +16,25 @@ from dpfl.privacy import Privacy
 from dpfl.sampling import BaseSampler
 
 if TYPE_CHECKING:
-    from dpfl.mechanisms.queries import SumQuery
+    from dpfl.mechanisms.queries import MeanQuery
+    from dpfl.mechanisms.weighted_queries import WeightedMeanQuery
 
 
 class NoMechanism(Config):
-    """Neither clips nor adds noise; the sum is divided by the expected cohort all the same."""
+    """Averages the clients' updates, which are neither clipped nor noised.
+
+    Attributes:
+        weighting: "equal" sums the updates and divides by the expected cohort, as mechanisms with noise do.
+            "examples" is the mean of McMahan et al. (2017, 1602.05629, algorithm 1): each update is weighted by how
+            many examples its client processed in the round, over all epochs or local steps, and the sum is divided by
+            the weights of those who came; where nobody came, and where no update is finite, the model stays. No other
+            mechanism has it: one client could change such a mean by more than clip norm / expected cohort, for which
+            noise is scaled. Clients that train by DP-SGD may be weighted, since how many records they have
+            counts as public and their weights follow from that alone.
+    """
 
     name: Literal["none"] = "none"
+    weighting: Literal["equal", "examples"] = "equal"
     clip_norm: ClassVar[float] = math.inf
     needs_dimension: ClassVar[bool] = False
 
@@ -41,15 +53,18 @@ class NoMechanism(Config):
         """Whatever was done, nothing is guaranteed."""
         return dp_accounting.NonPrivateDpEvent()
 
-    def sum_query(self, plan: Plan, seed: int, template: Any) -> SumQuery:
-        """The query that sums updates as they are."""
-        from dpfl.mechanisms.queries import GaussianSumQuery
+    def mean_query(self, plan: Plan, seed: int, template: Any) -> MeanQuery | WeightedMeanQuery:
+        """The query that averages updates as they are; see `Plan.query`."""
+        from dpfl.mechanisms.queries import GaussianSumQuery, MeanQuery
+        from dpfl.mechanisms.weighted_queries import WeightedMeanQuery
 
-        return GaussianSumQuery(math.inf, 0.0, seed)
+        if self.weighting == "examples":
+            return WeightedMeanQuery()
+        return MeanQuery(GaussianSumQuery(math.inf, 0.0, seed), plan.expected_cohort)
 
     def structure(self, plan: Plan) -> tuple[Any, ...]:
-        """Nothing that a compiled graph depends on."""
-        return ()
+        """What a compiled graph of the query depends on, beside the mechanism's name."""
+        return (self.weighting,)
 
     def plan(
         self,
@@ -68,10 +83,11 @@ class NoMechanism(Config):
         """
         self.check(target, sampler, population)
         check_rounds(rounds)
+        averaging = "averaging, weighted by examples," if self.weighting == "examples" else "plain averaging"
         guarantee = guarantee_of(
             self.event(),
             target,
-            mechanism="plain averaging of unclipped updates without noise",
+            mechanism=f"{averaging} of unclipped updates without noise",
             sampler=sampler.in_words(population),
             steps=rounds,
         )

@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def expected_cohort(self) -> float:
-        """What sums are divided by, whoever came."""
+        """How many clients are expected in a round: what mechanisms divide sums by, whoever came."""
         return self.sampler.expected_cohort(self.population)
 
     @property
@@ -99,7 +99,8 @@ class Plan:
 
         It clips each update, sums, adds noise, and divides by the expected cohort, never by the
         actual one, which is private. It runs in the in-graph engine and, unchanged, inside
-        `tff.aggregators.DifferentiallyPrivateFactory`.
+        `tff.aggregators.DifferentiallyPrivateFactory`. Where a mechanism without protection weights by
+        examples it runs in the in-graph engine alone.
 
         Args:
             seed: the run's seed; the noise is a pure function of it and the round.
@@ -109,6 +110,4 @@ class Plan:
         Raises:
             InputError: the mechanism needs the template and there is none.
         """
-        from dpfl.mechanisms.queries import MeanQuery
-
-        return MeanQuery(self.mechanism.sum_query(self, seed, template), self.expected_cohort)
+        return self.mechanism.mean_query(self, seed, template)

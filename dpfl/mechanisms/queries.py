@@ -75,8 +75,11 @@ class MeanQuery(NormalizedQuery):
         super().__init__(numerator, denominator)
         self._sum = numerator
 
-    def client_params(self, params: Any, client: tf.Tensor) -> Any:
-        """See `SumQuery.client_params`."""
+    def client_params(self, params: Any, client: tf.Tensor, examples: tf.Tensor | None = None) -> Any:
+        """See `SumQuery.client_params`.
+
+        How many examples the client processed is not passed on: weights by data would break the sensitivity.
+        """
         return self._sum.client_params(params, client)
 
     def clip_norm(self, params: Any) -> tf.Tensor:

@@ -36,6 +36,7 @@ class FunctionalModel:
         num_classes: number of classes in the data.
 
     Attributes:
+        example_shape: shape of one example.
         num_classes: number of classes in the data.
         shapes: shapes of the trainable weights, in the order in which Keras creates them.
         parameters: number of trainable parameters.
@@ -50,7 +51,7 @@ class FunctionalModel:
     def __init__(
         self, model: str | ModelBuilder | tf.keras.Model, example_shape: Sequence[int], num_classes: int
     ) -> None:
-        self._example_shape = tuple(example_shape)
+        self.example_shape = tuple(example_shape)
         self.num_classes = num_classes
         try:
             self._take(model, num_classes)
@@ -58,7 +59,7 @@ class FunctionalModel:
             raise
         except Exception as error:
             raise InputError(
-                f"the model cannot be trained on examples of shape {self._example_shape}: "
+                f"the model cannot be trained on examples of shape {self.example_shape}: "
                 f"{str(error).strip().splitlines()[0].rstrip('.')}."
             ) from error
 
@@ -96,9 +97,9 @@ class FunctionalModel:
         Raises:
             InputError: it was made for others.
         """
-        if self._example_shape != tuple(example_shape) or self.num_classes != num_classes:
+        if self.example_shape != tuple(example_shape) or self.num_classes != num_classes:
             raise InputError(
-                f"the model was made for examples of shape {self._example_shape} and {self.num_classes} classes, but "
+                f"the model was made for examples of shape {self.example_shape} and {self.num_classes} classes, but "
                 f"the data has shape {tuple(example_shape)} and {num_classes} classes: give the Keras model anew."
             )
         return self
@@ -144,11 +145,11 @@ class FunctionalModel:
 
     def _make_builder(self, model: Any, num_classes: int) -> ModelBuilder:
         if isinstance(model, str):
-            check_named(model, self._example_shape)
-            return lambda: NAMED[model](self._example_shape, num_classes)
+            check_named(model, self.example_shape)
+            return lambda: NAMED[model](self.example_shape, num_classes)
         if isinstance(model, tf.keras.Model):
             if not model.built:
-                model(tf.zeros((1, *self._example_shape)))
+                model(tf.zeros((1, *self.example_shape)))
             try:
                 config = model.get_config()
             except NotImplementedError:
@@ -170,7 +171,7 @@ class FunctionalModel:
         if not isinstance(model, tf.keras.Model):
             raise InputError(f"the model function must return a Keras model, but it returned {type(model).__name__}.")
         if not model.built:
-            model(tf.zeros((1, *self._example_shape)))
+            model(tf.zeros((1, *self.example_shape)))
         return model
 
     def _build_template(self, seed: int) -> tuple[tf.keras.Model, list[tf.Variable]]:
@@ -184,7 +185,7 @@ class FunctionalModel:
 
         with _keras_seed(seed), tf.variable_creator_scope(record):
             model = self._build()
-            output = model(tf.zeros((1, *self._example_shape)))
+            output = model(tf.zeros((1, *self.example_shape)))
         if not tf.is_tensor(output):
             raise InputError(f"the model must have one output, logits, but it gives a {type(output).__name__}.")
         self._output_shape = tuple(output.shape)
@@ -225,7 +226,7 @@ class FunctionalModel:
 
         def forward() -> tf.Tensor:
             weights = [tf.zeros(shape) for shape in self.shapes]
-            x = tf.zeros((1, *self._example_shape))
+            x = tf.zeros((1, *self.example_shape))
             return self.losses_and_logits(weights, x, tf.zeros(1, tf.int32), training_seed=tf.zeros(2, tf.int32))[0]
 
         graph = tf.function(forward, autograph=False).get_concrete_function().graph

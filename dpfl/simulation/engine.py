@@ -17,12 +17,14 @@ from dpfl.clients import ClientTraining, optimizers
 from dpfl.clients.dp_sgd import ClientNumbers, ClientSeeds, client_numbers, client_seeds, run_seeds, train_privately
 from dpfl.clients.example_privacy import ClientPlan
 from dpfl.clients.optimizers import OptimizerNumbers, optimizer_numbers
-from dpfl.clients.schedule import minibatches
+from dpfl.clients.schedule import examples_seen, minibatches
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Plan
 from dpfl.mechanisms.queries import MeanQuery, global_norm
+from dpfl.mechanisms.weighted_queries import WeightedMeanQuery
 from dpfl.models.functional import FunctionalModel
 from dpfl.randomness import Purpose, stateless_seed
+from dpfl.simulation.rounds import arrays_of, structure_of
 from dpfl.simulation.server import ServerOptimizer
 
 # Side by side, a chunk of clients becomes batched matrix products: faster while the cost of an
@@ -106,7 +108,7 @@ class Engine:
         model: FunctionalModel,
         local: ClientTraining,
         server: ServerOptimizer,
-        query: MeanQuery,
+        query: MeanQuery | WeightedMeanQuery,
     ) -> None:
         self._model = model
         self._local = local
@@ -223,17 +225,20 @@ class Engine:
 
         def body(start: tf.Tensor, total: Any, measured: Measurements) -> tuple[tf.Tensor, Any, Measurements]:
             chunk = cohort[start : start + chunk_size]
+            examples = self._examples_seen(chunk, settings)
             if self._vectorizes:
                 updates = self._train_chunk(state, chunk, settings)
                 norms = tf.vectorized_map(global_norm, updates)
                 # Drawing at the client falls back to a loop over the clients, which needs no words.
-                records = tf.vectorized_map(lambda one: self._preprocess(params, *one), (updates, chunk), warn=False)
+                records = tf.vectorized_map(
+                    lambda one: self._preprocess(params, *one), (updates, chunk, examples), warn=False
+                )
                 record = tf.nest.map_structure(lambda part: tf.reduce_sum(part, axis=0), records)
                 examples_clipped = tf.constant(0.0)
             else:
                 update, examples_clipped = self._train_one(state, chunk[0], settings)
                 norms = global_norm(update)[None]
-                record = self._preprocess(params, update, chunk[0])
+                record = self._preprocess(params, update, chunk[0], examples[0])
             finite = tf.math.is_finite(norms)
             measured = Measurements(
                 measured.update_norm + tf.reduce_sum(tf.where(finite, norms, 0.0)),
@@ -259,9 +264,19 @@ class Engine:
         )
         return State(tuple(weights), server_state, query_state, state.round + 1), measured
 
-    def _preprocess(self, params: Any, update: list[tf.Tensor], client: tf.Tensor) -> Any:
+    def _preprocess(self, params: Any, update: list[tf.Tensor], client: tf.Tensor, examples: tf.Tensor) -> Any:
         """What one client sends: private until it is summed, unless the mechanism says otherwise."""
-        return self._query.preprocess_record(self._query.client_params(params, client), update)
+        return self._query.preprocess_record(self._query.client_params(params, client, examples), update)
+
+    def _examples_seen(self, clients: tf.Tensor, settings: Settings) -> tf.Tensor:
+        """How many examples each of some clients processes in a round, (clients,), int32."""
+        return examples_seen(
+            tf.gather(self._sizes, clients),
+            steps=settings.steps,
+            epochs=settings.epochs,
+            batch_size=self._local.batch_size,
+            sampling=self._local.example_sampling if self._local.is_private else "shuffled",
+        )
 
     def _schedule(self, state: State, clients: tf.Tensor, settings: Settings) -> tuple[tf.Tensor, tf.Tensor]:
         return minibatches(
@@ -339,16 +354,18 @@ class Engine:
             before: the weights, with the clients along the first axis where they train side by side.
             settings: the configuration's numbers.
         """
-        steps, optimizer = tf.shape(mask)[1], self._local.optimizer
+        steps, optimizer, is_proximal = tf.shape(mask)[1], self._local.optimizer, self._local.is_proximal
 
         def body(
             step: tf.Tensor, weights: list[tf.Tensor], moments: tuple[list[tf.Tensor], ...]
         ) -> tuple[tf.Tensor, list[tf.Tensor], tuple[list[tf.Tensor], ...]]:
-            moved, moments = optimizers.step(
-                optimizer, weights, gradients_at(step, weights), moments, settings.optimizer, step
-            )
-            if self._vectorizes and optimizer != "sgd":
-                # Moments would carry on a client that has come to its end before the others of its chunk.
+            gradients, numbers = gradients_at(step, weights), settings.optimizer
+            if is_proximal:
+                gradients = optimizers.with_proximal_term(gradients, weights, before, numbers.proximal_strength)
+            moved, moments = optimizers.step(optimizer, weights, gradients, moments, numbers, step)
+            if self._vectorizes and (optimizer != "sgd" or is_proximal):
+                # Moments and the proximal term would carry on a client that has come to its end before the others of
+                # its chunk.
                 goes_on = tf.reduce_any(mask[:, step] > 0, axis=1)
                 moved = [tf.where(_along(goes_on, new), new, old) for new, old in zip(moved, weights, strict=True)]
             return step + 1, moved, moments
@@ -383,6 +400,34 @@ class Engine:
         nothing = (tf.constant(0), tf.constant(0), tf.constant(0.0, tf.float64))
         _, correct, loss = tf.while_loop(lambda start, *_: start < examples, body, nothing)
         return correct, loss
+
+
+class GraphRounds:
+    """The rounds of one run in the in-graph engine: see `Rounds`."""
+
+    def __init__(self, engine: Engine, state: State, settings: Settings) -> None:
+        self._engine, self._state, self._settings = engine, state, settings
+
+    def run(self, cohorts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Rounds.run`."""
+        self._state, measured = self._engine.run_rounds(self._state, cohorts, self._settings)
+        return measured
+
+    def evaluate(self, split: str) -> tuple[float, float]:
+        """See `Rounds.evaluate`."""
+        return self._engine.evaluate(self._state, split)
+
+    def weights(self) -> list[np.ndarray]:
+        """See `Rounds.weights`."""
+        return [weight.numpy() for weight in self._state.weights]
+
+    def state(self) -> list[np.ndarray]:
+        """See `Rounds.state`."""
+        return arrays_of(self._state)
+
+    def restore(self, state: Sequence[np.ndarray]) -> None:
+        """See `Rounds.restore`."""
+        self._state = structure_of(state, self._state)
 
 
 def _along(clients: tf.Tensor, stacked: tf.Tensor) -> tf.Tensor:

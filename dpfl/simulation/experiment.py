@@ -8,7 +8,8 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 
@@ -54,6 +55,8 @@ class Experiment(Config):
         deployment: a larger population for which the noise is calibrated; None for the data's clients. The
             result then keeps two guarantees: what the simulation keeps, and what it stands for.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
+        engine: "graph", dpfl's own, or "tff", which runs the same rounds as a TensorFlow Federated learning process:
+            slower, and to the same numbers up to the rounding of float32.
 
     Raises:
         InputError: a setting is wrong, or settings contradict each other.
@@ -69,6 +72,7 @@ class Experiment(Config):
     server: ServerOptimizer = ServerOptimizer()
     deployment: Deployment | None = None
     evaluate_every: int = pydantic.Field(default=10, gt=0)
+    engine: Literal["graph", "tff"] = "graph"
 
     @pydantic.field_validator("data", mode="before")
     @classmethod
@@ -166,23 +170,42 @@ class Experiment(Config):
             model = FunctionalModel(model, self.data.example_shape, self.data.num_classes)
         return model.parameters
 
-    def run(self, seed: int = 0, *, progress: bool = True) -> Result:
+    def run(
+        self,
+        seed: int = 0,
+        *,
+        progress: bool = True,
+        checkpoints: str | Path | None = None,
+        checkpoint_every: int = 10,
+    ) -> Result:
         """Trains one model.
+
+        With a folder for checkpoints, a run that was killed goes on from its last checkpoint when it is called again,
+        to the same result bit for bit, and a run that has ended gives its result again without training. (In TensorFlow
+        Federated, clients of local and distributed mechanisms draw their noise afresh: what they gave after the
+        checkpoint is not repeated.)
 
         Args:
             seed: of initial weights, cohorts, minibatches and noise; the same seed gives the same result.
             progress: whether to show a progress bar.
+            checkpoints: a folder where `<run id>.npz` holds the run after its latest rounds; several runs can share
+                it. Whoever has that file can take the noise off what is released: it is as secret as the seed. None
+                keeps nothing.
+            checkpoint_every: rounds from one checkpoint to the next.
 
         Raises:
-            InputError: the privacy target cannot be met, or the model does not fit the data.
+            InputError: the privacy target cannot be met, the model does not fit the data, the folder cannot take
+                checkpoints, or the run's checkpoint is another plan's or in another process' hands.
         """
         from dpfl.progress import progress_bar
+        from dpfl.simulation.checkpoints import Checkpoints
         from dpfl.simulation.run import run
 
         seed = check_seed(seed)
+        kept = None if checkpoints is None else Checkpoints(Path(checkpoints), checkpoint_every)
         with progress_bar("training", self.rounds, "rounds", shown=progress) as advance:
             plan = self.plan()
-            return run(self, plan, self.client_plan(plan.rounds), seed, advance)
+            return run(self, plan, self.client_plan(plan.rounds), seed, advance, kept)
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain values; the data by name and fingerprint, the model by its key."""
@@ -198,6 +221,7 @@ class Experiment(Config):
             "rounds": self.rounds,
             "deployment": None if self.deployment is None else self.deployment.model_dump(),
             "evaluate_every": self.evaluate_every,
+            "engine": self.engine,
         }
 
     def run_id(self, seed: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import time
@@ -17,14 +18,19 @@ from dpfl.clients.per_example import check_model
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Plan
 from dpfl.models.functional import FunctionalModel
+from dpfl.privacy import Guarantee
 from dpfl.privacy.example_level import ClientEpsilons
-from dpfl.simulation.engine import Engine, State
+from dpfl.privacy.ledger import Ledger
+from dpfl.simulation.checkpoints import Checkpoint, Checkpoints, Progress
+from dpfl.simulation.engine import Engine, GraphRounds
 from dpfl.simulation.experiment import Experiment
 from dpfl.simulation.result import Result
+from dpfl.simulation.rounds import Rounds
 
 # Engines hold their data and compiled graphs: a few are kept for the runs that come next.
 _ENGINES: collections.OrderedDict[tuple[Any, ...], tuple[FunctionalModel, Engine]] = collections.OrderedDict()
 _KEPT_ENGINES = 4
+_EVALUATION = ("accuracy", "loss", "validation_accuracy", "validation_loss")
 
 
 def run(
@@ -33,6 +39,7 @@ def run(
     client_plan: ClientPlan | None,
     seed: int,
     advance: Callable[[int], None] = lambda rounds: None,
+    checkpoints: Checkpoints | None = None,
 ) -> Result:
     """Trains and evaluates one model.
 
@@ -46,36 +53,23 @@ def run(
         client_plan: the experiment's plan of its clients; None where they train without example-level privacy.
         seed: of everything random.
         advance: called with a number of rounds whenever so many more are done.
+        checkpoints: where to keep the run while it goes on, and to look for what was kept of it; None for nowhere.
 
     Raises:
-        InputError: the model does not fit the data, or its examples' gradients cannot be told apart.
+        InputError: the model does not fit the data, its examples' gradients cannot be told apart, or the run's
+            checkpoint is another plan's or in another process' hands.
     """
     started = time.perf_counter()
-    model, engine = _engine(experiment, plan)
-    state = engine.initial_state(plan, experiment.server, seed)
-    settings = engine.settings(experiment.local, experiment.server, seed, client_plan)
-    spending = _Spending(experiment, plan, client_plan)
-    participations = np.zeros(plan.population, np.int64)
+    model, rounds = _start(experiment, plan, client_plan, seed)
+    costs = _Costs(experiment, plan, client_plan)
+    with contextlib.nullcontext() if checkpoints is None else checkpoints.of(experiment.run_id(seed)) as checkpoint:
+        done = _train(experiment, plan, seed, rounds, costs, started, advance, checkpoint)
 
-    history: list[dict[str, Any]] = []
-    evaluation: dict[str, float] = {}
-    for first in range(0, plan.rounds, experiment.evaluate_every):
-        numbers = range(first, min(first + experiment.evaluate_every, plan.rounds))
-        cohorts = [plan.sampler.clients(seed, number, plan.population) for number in numbers]
-        state, measured = engine.run_rounds(state, cohorts, settings)
-        evaluation = _evaluate(engine, state)
-        for index, number in enumerate(numbers):
-            participations[cohorts[index]] += 1
-            values = {name: float(column[index]) for name, column in measured.items()}
-            spent = {"epsilon_spent": spending.after(number + 1)}
-            history.append({"round": number + 1, "cohort": len(cohorts[index]), **spent, **values})
-        history[-1].update(evaluation)
-        advance(len(numbers))
-
+    history, evaluation = done.history, {name: done.history[-1][name] for name in _EVALUATION}
     lost_a_round = any(row["non_finite_updates"] == row["cohort"] > 0 for row in history)
-    promised = spending.guarantee
+    promised = costs.target.guarantee
     example_guarantee = None if client_plan is None else client_plan.guarantee
-    realised = None if client_plan is None else client_plan.realised(participations)
+    realised = None if client_plan is None else client_plan.realised(done.participations)
     record = {
         "run_id": experiment.run_id(seed),
         "status": "diverged" if lost_a_round or not math.isfinite(evaluation["loss"]) else "finished",
@@ -89,7 +83,7 @@ def run(
         "sampling_rate": plan.expected_cohort / plan.population,
         "seed": seed,
         **evaluation,
-        "seconds": time.perf_counter() - started,
+        "seconds": done.seconds,
         "dpfl_version": dpfl.__version__,
     }
     return Result(
@@ -100,28 +94,75 @@ def run(
         user_guarantee=plan.guarantee if experiment.privacy.unit == "user" or plan.is_private else None,
         example_guarantee=example_guarantee,
         client_epsilons=realised,
-        weights=[weight.numpy() for weight in state.weights],
+        weights=rounds.weights(),
         functional_model=model,
     )
 
 
-class _Spending:
-    """What the rounds cost at the level of the target's unit.
+def _train(
+    experiment: Experiment,
+    plan: Plan,
+    seed: int,
+    rounds: Rounds,
+    costs: _Costs,
+    started: float,
+    advance: Callable[[int], None],
+    checkpoint: Checkpoint | None,
+) -> Progress:
+    """Does the rounds that the checkpoint does not hold yet, and keeps them there.
 
     Args:
-        experiment: whose target it is.
+        experiment: what to run.
         plan: of the server.
-        client_plan: of the clients.
+        seed: of the run.
+        rounds: before the first round.
+        costs: of the rounds.
+        started: when this process began with the run, by `time.perf_counter`.
+        advance: called with a number of rounds whenever so many more are done, those of the checkpoint first.
+        checkpoint: of the run; None to keep nothing.
+    """
+    progress = Progress(np.zeros(plan.population, np.int64), [], 0.0)
+    periods = [experiment.evaluate_every]
+    if checkpoint is not None:
+        periods.append(checkpoint.every)
+        kept = checkpoint.read(rounds.state(), plan.population, costs.ledger)
+        if kept is not None:
+            state, progress = kept
+            rounds.restore(state)
+    participations, history = progress.participations, progress.history
 
-    Attributes:
+    def so_far() -> Progress:
+        return Progress(participations, history, progress.seconds + time.perf_counter() - started)
+
+    advance(len(history))
+    while (first := len(history)) < plan.rounds:
+        end = min(plan.rounds, *(first - first % every + every for every in periods))
+        numbers = range(first, end)
+        cohorts = [plan.sampler.clients(seed, number, plan.population) for number in numbers]
+        measured = rounds.run(cohorts)
+        for index, number in enumerate(numbers):
+            participations[cohorts[index]] += 1
+            values = {name: float(column[index]) for name, column in measured.items()}
+            spent = {"epsilon_spent": costs.target.after(number + 1)}
+            history.append({"round": number + 1, "cohort": len(cohorts[index]), **spent, **values})
+        if end % experiment.evaluate_every == 0 or end == plan.rounds:
+            history[-1].update(_evaluate(rounds))
+        if checkpoint is not None and (end % checkpoint.every == 0 or end == plan.rounds):
+            checkpoint.write(rounds.state(), so_far(), costs.ledger(end))
+        advance(len(numbers))
+    return so_far()
+
+
+class _Cost:
+    """What the rounds cost at the level of one unit.
+
+    Args:
         guarantee: what holds after the last round.
+        ledgers: of a run that has not begun, of which the dearest counts.
     """
 
-    def __init__(self, experiment: Experiment, plan: Plan, client_plan: ClientPlan | None) -> None:
-        if experiment.privacy.unit == "user" or client_plan is None:
-            self.guarantee, self._ledgers = plan.guarantee, [plan.ledger()]
-        else:
-            self.guarantee, self._ledgers = client_plan.guarantee, client_plan.ledgers()
+    def __init__(self, guarantee: Guarantee, ledgers: list[Ledger]) -> None:
+        self.guarantee, self._ledgers = guarantee, ledgers
 
     def after(self, rounds: int) -> float | None:
         """An upper bound of what the first so many rounds cost; None where nothing is guaranteed."""
@@ -131,7 +172,64 @@ class _Spending:
         return min(max(ledger.epsilon_after(rounds) for ledger in self._ledgers), self.guarantee.epsilon)
 
 
-def _engine(experiment: Experiment, plan: Plan) -> tuple[FunctionalModel, Engine]:
+class _Costs:
+    """What the rounds cost at the level of every unit that is protected.
+
+    Args:
+        experiment: whose target it is.
+        plan: of the server.
+        client_plan: of the clients.
+
+    Attributes:
+        target: the cost at the level of the target's unit.
+    """
+
+    def __init__(self, experiment: Experiment, plan: Plan, client_plan: ClientPlan | None) -> None:
+        self._plan, self._client_plan = plan, client_plan
+        self._by_unit = {"user": _Cost(plan.guarantee, [plan.ledger()])}
+        if client_plan is not None:
+            self._by_unit["example"] = _Cost(client_plan.guarantee, client_plan.ledgers())
+        self.target = self._by_unit[experiment.privacy.unit]
+
+    def ledger(self, rounds: int) -> dict[str, Any]:
+        """What the first so many rounds cost, and by which plans, as plain values."""
+        plan, client_plan = self._plan, self._client_plan
+        return {
+            "rounds": rounds,
+            "planned_rounds": plan.rounds,
+            "epsilon_spent": {unit: cost.after(min(rounds, plan.rounds)) for unit, cost in self._by_unit.items()},
+            "noise_multiplier": plan.noise_multiplier,
+            "example_noise_multiplier": None if client_plan is None else client_plan.noise_multiplier,
+            "guarantees": {unit: cost.guarantee.as_dict() for unit, cost in self._by_unit.items()},
+            "extrapolated": None if plan.extrapolated is None else plan.extrapolated.as_dict(),
+        }
+
+
+def _start(
+    experiment: Experiment, plan: Plan, client_plan: ClientPlan | None, seed: int
+) -> tuple[FunctionalModel, Rounds]:
+    """The model, and the run before its first round on the experiment's engine."""
+    if experiment.engine == "tff":
+        from dpfl.simulation.tff_engine import TffRounds
+
+        model = _model(experiment)
+        return model, TffRounds(experiment, model, plan, client_plan, seed)
+    model, engine = _graph_engine(experiment, plan)
+    state = engine.initial_state(plan, experiment.server, seed)
+    return model, GraphRounds(engine, state, engine.settings(experiment.local, experiment.server, seed, client_plan))
+
+
+def _model(experiment: Experiment) -> FunctionalModel:
+    """The experiment's model as a function of its weights; refused where its clients cannot train it."""
+    data, model = experiment.data, experiment.model
+    if isinstance(model, str):
+        model = FunctionalModel(model, data.example_shape, data.num_classes)
+    if experiment.local.is_private:
+        check_model(model.to_keras(model.initial_weights(0)), _three_examples(data))
+    return model
+
+
+def _graph_engine(experiment: Experiment, plan: Plan) -> tuple[FunctionalModel, Engine]:
     data, model = experiment.data, experiment.model
     key = (
         data.fingerprint,
@@ -141,10 +239,7 @@ def _engine(experiment: Experiment, plan: Plan) -> tuple[FunctionalModel, Engine
         plan.structure,
     )
     if key not in _ENGINES:
-        if isinstance(model, str):
-            model = FunctionalModel(model, data.example_shape, data.num_classes)
-        if experiment.local.is_private:
-            check_model(model.to_keras(model.initial_weights(0)), _three_examples(data))
+        model = _model(experiment)
         query = plan.query(0, model.initial_weights(0))
         _ENGINES[key] = model, Engine(data, model, experiment.local, experiment.server, query)
         if len(_ENGINES) > _KEPT_ENGINES:
@@ -158,15 +253,8 @@ def _three_examples(data: FederatedData) -> np.ndarray:
     return data.x[np.random.default_rng(0).choice(data.num_examples, size=3, replace=data.num_examples < 3)]
 
 
-def _evaluate(engine: Engine, state: State) -> dict[str, float]:
-    accuracy, loss = engine.evaluate(state, "test")
-    validation_accuracy, validation_loss = engine.evaluate(state, "validation")
-    return {
-        "accuracy": accuracy,
-        "loss": loss,
-        "validation_accuracy": validation_accuracy,
-        "validation_loss": validation_loss,
-    }
+def _evaluate(rounds: Rounds) -> dict[str, float]:
+    return dict(zip(_EVALUATION, (*rounds.evaluate("test"), *rounds.evaluate("validation")), strict=True))
 
 
 def _example_columns(client_plan: ClientPlan | None, realised: ClientEpsilons | None) -> dict[str, Any]:
@@ -214,6 +302,7 @@ def _settings_columns(
         "parameters": model.parameters,
         "mechanism": experiment.mechanism.name,
         "mechanism_settings": json.dumps(experiment.mechanism.model_dump()),
+        "weighting": experiment.mechanism.weighting,
         "unit": privacy.unit,
         "relation": privacy.relation,
         "sampler": experiment.sampler.name,
@@ -227,7 +316,9 @@ def _settings_columns(
         "batch_size": local.batch_size,
         "client_optimizer": local.optimizer,
         "learning_rate": local.learning_rate,
+        "proximal_strength": local.proximal_strength,
         "client_settings": json.dumps(local.model_dump()),
+        "engine": experiment.engine,
         "server_optimizer": server.name,
         "server_learning_rate": server.learning_rate,
         "cohort": plan.expected_cohort,

@@ -13,6 +13,7 @@ import filelock
 from dpfl.errors import InputError
 from dpfl.progress import progress_bar
 from dpfl.randomness import check_seed
+from dpfl.simulation.checkpoints import Checkpoints
 from dpfl.simulation.experiment import Experiment
 from dpfl.study.store import Store
 from dpfl.study.workers import Planned, Task, run_tasks
@@ -87,28 +88,42 @@ class Study:
         """The identities of all runs, seeds varying fastest."""
         return [experiment.run_id(seed) for experiment in self.experiments for seed in self.seeds]
 
-    def run(self, folder: str | Path, *, workers: int | None = None, progress: bool = True) -> Study:
+    def run(
+        self,
+        folder: str | Path,
+        *,
+        workers: int | None = None,
+        progress: bool = True,
+        checkpoint_every: int | None = None,
+    ) -> Study:
         """Does the runs that the folder does not hold yet, then collects the tables.
 
         Args:
             folder: of the store: `records/`, `runs.csv` and `history.csv`.
             workers: number of processes; None takes one for each core.
             progress: whether to show a progress bar.
+            checkpoint_every: rounds from one checkpoint of a run to the next, so that a study that was killed goes on
+                inside its runs. They are in `checkpoints/` until a run's record is kept, as secret as the seeds: see
+                `Experiment.run`. None keeps nothing of a run that has not ended.
 
         Returns:
             The study itself, for `frame` and `history`.
 
         Raises:
             InputError: a privacy target cannot be met (nothing is run then), another process is running
-                a study in this folder, or records vanished from it meanwhile.
+                a study in this folder, records vanished from it meanwhile, or a checkpoint is another plan's.
         """
         workers = (os.cpu_count() or 1) if workers is None else workers
         if workers < 1:
             raise InputError(f"a study needs at least 1 worker process, but it was told {workers}.")
         store = Store(Path(folder))
+        within = store.folder / "checkpoints"
+        checkpoints = None if checkpoint_every is None else Checkpoints(within, checkpoint_every)
         try:
             with store.lock():
-                self._run(store, workers, progress)
+                self._run(store, workers, progress, checkpoints)
+                if within.is_dir():  # Of runs whose record was kept just before a kill, or by a study without any.
+                    Checkpoints(within).clear(self.run_ids)
         except filelock.Timeout:
             raise InputError(
                 f"another process is running a study in {folder}: wait for it, or choose another folder."
@@ -141,14 +156,14 @@ class Study:
             if not store.has(experiment.run_id(seed))
         ]
 
-    def _run(self, store: Store, workers: int, progress: bool) -> None:
+    def _run(self, store: Store, workers: int, progress: bool, checkpoints: Checkpoints | None) -> None:
         tasks = self._missing(store)
         if tasks:
             planned = self._plan(sorted({task.experiment for task in tasks}), progress)
             rounds = sum(planned[task.experiment].plan.rounds for task in tasks)
             unit = f"rounds in {len(tasks)} runs"
             with progress_bar("training", rounds, unit, shown=progress) as advance:
-                run_tasks(planned, tasks, store.folder, workers, advance)
+                run_tasks(planned, tasks, store.folder, workers, advance, checkpoints)
             if lost := len(self._missing(store)):
                 raise InputError(
                     f"{lost} finished runs are gone from {store.folder} again: leave the folder alone while a study "

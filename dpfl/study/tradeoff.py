@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from dpfl.clients import ClientTraining
 from dpfl.data import FederatedData
@@ -31,6 +31,7 @@ def tradeoff(
     server: ServerOptimizer,
     seeds: int,
     deployment: Deployment | None = None,
+    engine: Literal["graph", "tff"] = "graph",
 ) -> Study:
     """Returns the study of epsilon x clip norm x number of rounds, with plain averaging beside it.
 
@@ -52,6 +53,7 @@ def tradeoff(
         server: the server's optimizer.
         seeds: number of seeds.
         deployment: the larger population that the epsilons are for; None for the data's clients.
+        engine: as `Experiment` takes it.
 
     Raises:
         InputError: a value is wrong, or the local work cannot be split evenly into the rounds.
@@ -78,6 +80,7 @@ def tradeoff(
         rounds=frequencies[0][0],
         server=server,
         deployment=deployment,
+        engine=engine,
     )
     frequency = {("rounds", "local.steps"): frequencies}
     experiments = grid(base, {"privacy.epsilon": epsilons, "mechanism.clip_norm": clip_norms, **frequency})

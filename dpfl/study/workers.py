@@ -19,6 +19,7 @@ import numpy as np
 
 from dpfl.clients.example_privacy import ClientPlan
 from dpfl.mechanisms import Plan
+from dpfl.simulation.checkpoints import Checkpoints
 from dpfl.simulation.experiment import Experiment
 from dpfl.study.store import Store
 
@@ -46,6 +47,7 @@ def run_tasks(
     folder: Path,
     workers: int,
     advance: Callable[[int], None],
+    checkpoints: Checkpoints | None,
 ) -> None:
     """Does all the runs and keeps each in the store as soon as it has ended.
 
@@ -58,6 +60,7 @@ def run_tasks(
         folder: of the store.
         workers: number of processes.
         advance: called in this process with a number of rounds whenever so many more are done.
+        checkpoints: where to keep runs until they have ended; None for nowhere.
 
     Raises:
         Exception: the first error of a run; runs that have ended are kept.
@@ -69,7 +72,7 @@ def run_tasks(
     executor = loky.ProcessPoolExecutor(
         max_workers=min(workers, len(tasks)),
         initializer=_start_worker,
-        initargs=(planned, Store(folder), counters, os.getpid()),
+        initargs=(planned, Store(folder), checkpoints, counters, os.getpid()),
     )
     try:
         pending = {executor.submit(_run_task, slot, task) for slot, task in enumerate(tasks)}
@@ -99,13 +102,16 @@ class _Worker(NamedTuple):
 
     planned: Mapping[int, Planned]
     store: Store
+    checkpoints: Checkpoints | None
     rounds: np.ndarray
 
 
 _worker: _Worker
 
 
-def _start_worker(planned: Mapping[int, Planned], store: Store, counters: Path, parent: int) -> None:
+def _start_worker(
+    planned: Mapping[int, Planned], store: Store, checkpoints: Checkpoints | None, counters: Path, parent: int
+) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle.
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
@@ -117,7 +123,7 @@ def _start_worker(planned: Mapping[int, Planned], store: Store, counters: Path, 
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    _worker = _Worker(planned, store, rounds)
+    _worker = _Worker(planned, store, checkpoints, rounds)
 
 
 def _die_with(parent: int) -> None:
@@ -136,5 +142,7 @@ def _run_task(slot: int, task: Task) -> None:
     def advance(rounds: int) -> None:
         _worker.rounds[slot] += rounds
 
-    result = run(experiment, plan, client_plan, task.seed, advance)
+    result = run(experiment, plan, client_plan, task.seed, advance, _worker.checkpoints)
     _worker.store.write(result.record, result.history, result.guarantees())
+    if _worker.checkpoints is not None:
+        _worker.checkpoints.remove(result.record["run_id"])

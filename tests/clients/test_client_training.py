@@ -46,13 +46,19 @@ class TestSettings:
             ({"optimizer": "adagrad"}, "optimizer"),
             ({"optimizer": "adam", "adaptivity": 0.0}, "adaptivity"),
             ({"optimizer": "momentum", "momentum": 1.0}, "momentum"),
+            ({"proximal_strength": -0.1}, "proximal_strength"),
+            ({"proximal_strength": float("nan")}, "proximal_strength"),
+            ({"proximal_strength": float("inf")}, "proximal_strength"),
+            ({"batch_size": 0}, "batch_size"),
+            ({"batch_size": None, "example_clip": 1.0}, "say how many are to be expected (batch_size=20)"),
+            ({"batch_size": None, "example_clip": 1.0, "max_batch_size": 9}, "batch_size=None"),
         ],
     )
     def test_contradictions_are_refused(self, settings: dict, word: str) -> None:
         assert word in refusal(**settings)
 
     def test_structure_is_what_a_graph_depends_on(self) -> None:
-        base = ClientTraining(epochs=1, example_clip=1.0)
+        base = ClientTraining(epochs=1, example_clip=1.0, proximal_strength=0.1)
         for change in (
             {"learning_rate": 0.2},
             {"epochs": 3},
@@ -60,6 +66,7 @@ class TestSettings:
             {"example_clip": 2.0},
             {"example_noise": 1.0},
             {"momentum": 0.5},
+            {"proximal_strength": 2.0},
         ):
             assert base.replace(**change).structure == base.structure
         others = [
@@ -72,14 +79,32 @@ class TestSettings:
                 {"example_sampling": "shuffled"},
                 {"max_batch_size": 30},
                 {"microbatch_size": 3},
+                {"proximal_strength": 0.0},
+                {"example_clip": None, "batch_size": None},
+                {"example_clip": None, "proximal_strength": 0.0},
             )
         ]
-        assert len({training.structure for training in [base, *others]}) == 8
+        assert len({training.structure for training in [base, *others]}) == 11
 
     def test_local_steps_of_a_client(self) -> None:
         by_epochs, by_steps = ClientTraining(epochs=3, batch_size=4), ClientTraining(steps=5, batch_size=4)
         assert [by_epochs.local_steps(records) for records in (1, 4, 5, 8, 9)] == [3, 3, 6, 6, 9]
         assert [by_steps.local_steps(records) for records in (1, 9)] == [5, 5]
+        assert [ClientTraining(epochs=3, batch_size=None).local_steps(records) for records in (1, 9)] == [3, 3]
+        assert ClientTraining(steps=5, batch_size=None).local_steps(9) == 5
+
+    def test_fed_sgd_is_one_step_of_sgd_on_all_examples(self) -> None:
+        for stops in ({"steps": 1}, {"epochs": 1}):
+            fed_sgd = ClientTraining(batch_size=None, learning_rate=1.0, **stops)
+            assert fed_sgd.is_fed_sgd
+            for change in (
+                {"batch_size": 1000},
+                {"learning_rate": 0.5},
+                {"optimizer": "momentum"},
+                {"proximal_strength": 0.1},
+                dict.fromkeys(stops, 2),
+            ):
+                assert not fed_sgd.replace(**change).is_fed_sgd
 
 
 @pytest.mark.parametrize(
@@ -129,3 +154,19 @@ def test_weights_that_a_loss_does_not_reach_stay(optimizer: str) -> None:
     np.testing.assert_array_equal(after[0], weights[0])
     np.testing.assert_array_equal(after[1][0], weights[1][0])
     assert (after[1][1].numpy() < weights[1][1].numpy()).all()
+
+
+def test_the_proximal_term_is_the_gradient_of_half_mu_times_the_squared_distance() -> None:
+    rng = np.random.default_rng(0)
+    weights, start = ([tf.constant(rng.normal(size=shape), tf.float32) for shape in ((3, 2), (4,))] for _ in range(2))
+    sparse = tf.IndexedSlices(tf.constant([[1.0, 2.0]]), tf.constant([1]), tf.constant([3, 2]))
+    strength = optimizer_numbers(ClientTraining(epochs=1, proximal_strength=0.7)).proximal_strength
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        parts = zip(weights, start, strict=True)
+        penalty = 0.35 * tf.add_n([tf.reduce_sum((weight - first) ** 2) for weight, first in parts])
+    expected = tape.gradient(penalty, weights)
+    with_term = optimizers.with_proximal_term([sparse, tf.ones(4)], weights, start, strength)
+    np.testing.assert_allclose(with_term[0], expected[0] + [[0, 0], [1, 2], [0, 0]], rtol=1e-5)
+    np.testing.assert_allclose(with_term[1], expected[1] + 1, rtol=1e-5)
+    assert optimizers.with_proximal_term([None, None], weights, start, strength) == [None, None]

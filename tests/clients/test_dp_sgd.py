@@ -151,6 +151,8 @@ def _by_hand(
             (t + noise * clip * draw.numpy()) / min(training.batch_size, RECORDS) + penalty.numpy()
             for t, draw, penalty in zip(total, draws, penalties, strict=True)
         ]
+        drifts = [weight - old for weight, old in zip(weights, before, strict=True)]
+        gradient = [g + training.proximal_strength * drift for g, drift in zip(gradient, drifts, strict=True)]
         beta, beta2 = training.momentum, training.second_momentum
         if training.optimizer == "sgd":
             direction = gradient
@@ -180,7 +182,8 @@ def _by_hand(
         ("softmax", {"example_sampling": "shuffled", "epochs": 2, "steps": None}),
         ("softmax", {"example_sampling": "shuffled", "steps": 7, "batch_size": 40}),
         ("softmax", {"optimizer": "momentum", "momentum": 0.7}),
-        ("regularised", {"optimizer": "adam", "learning_rate": 0.02}),
+        ("softmax", {"proximal_strength": 0.8}),
+        ("regularised", {"optimizer": "adam", "learning_rate": 0.02, "proximal_strength": 0.5}),
         ("regularised", {"microbatch_size": 4, "example_sampling": "shuffled"}),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpfl.clients.schedule import minibatches, poisson_minibatch
+from dpfl.clients.schedule import examples_seen, minibatches, poisson_minibatch
 from dpfl.randomness import Purpose, stateless_seed
 
 FALSE_ALARM = 1e-6
@@ -23,7 +23,7 @@ def schedule(
     *,
     steps: int = 0,
     epochs: int = 0,
-    batch_size: int = 4,
+    batch_size: int | None = 4,
     clients: list[int] | None = None,
     starts: list[int] | None = None,
     seed: np.ndarray = SEED,
@@ -42,9 +42,9 @@ def schedule(
         seed=tf.constant(seed, tf.int32),
         round_number=tf.constant(round_number),
     )
-    per_epoch = [-(-size // batch_size) for size in sizes]
+    per_epoch = [-(-size // (batch_size or size)) for size in sizes]
     most = steps or max(epochs * count for count in per_epoch)
-    assert rows.shape == mask.shape == (len(sizes), most, batch_size)
+    assert rows.shape == mask.shape == (len(sizes), most, batch_size or max(sizes))
     assert rows.dtype == tf.int32
     assert mask.dtype == tf.float32
     rows, mask = rows.numpy(), mask.numpy()
@@ -122,6 +122,41 @@ class TestSteps:
         for count in (1, 3, 6, 7):
             by_steps, by_epochs = schedule([9, 5], steps=count), schedule([9, 5], epochs=4)
             assert [client[:count] for client in by_steps] == [client[:count] for client in by_epochs]
+
+
+class TestWholeClients:
+    def test_every_minibatch_has_all_of_a_clients_examples(self):
+        for stops in ({"steps": 3}, {"epochs": 3}):
+            small, large = schedule([2, 5], batch_size=None, **stops)
+            assert [sorted(batch) for batch in small] == [[0, 1]] * 3
+            assert [sorted(batch) for batch in large] == [[2, 3, 4, 5, 6]] * 3
+
+    def test_are_those_of_a_batch_that_is_large_enough(self):
+        for stops in ({"steps": 3}, {"epochs": 2}):
+            assert schedule([2, 5], batch_size=None, **stops) == schedule([2, 5], batch_size=5, **stops)
+
+
+class TestExamplesSeen:
+    @FEW
+    @given(
+        st.lists(st.integers(1, 13), min_size=1, max_size=5),
+        st.integers(1, 9),
+        st.sampled_from(["steps", "epochs"]),
+        st.one_of(st.none(), st.integers(1, 6)),
+    )
+    def test_are_those_that_count_in_the_minibatches(self, sizes, count, unit, batch_size):
+        stops = {"steps": 0, "epochs": 0, unit: count}
+        seen = examples_seen(tf.constant(sizes), **stops, batch_size=batch_size)
+        counted = [sum(map(len, batches)) for batches in schedule(sizes, batch_size=batch_size, **stops)]
+        assert seen.numpy().tolist() == counted
+        if unit == "epochs":
+            assert counted == [count * size for size in sizes]
+
+    def test_of_poisson_minibatches_are_those_to_be_expected(self):
+        sizes = tf.constant([3, 10, 11])
+        for stops, expected in (({"steps": 7, "epochs": 0}, [21, 35, 35]), ({"steps": 0, "epochs": 2}, [6, 20, 30])):
+            seen = examples_seen(sizes, **stops, batch_size=5, sampling="poisson")
+            assert seen.numpy().tolist() == expected
 
 
 class TestOrder:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import dp_accounting
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -494,6 +495,46 @@ class TestNoMechanism:
         np.testing.assert_allclose(released[0], np.float32([1, 2]) / 20)
 
 
+class TestWeightsByExamples:
+    """Their mean, which no mechanism with a guarantee has."""
+
+    def query(self) -> Any:
+        return NoMechanism(weighting="examples").plan(Privacy(epsilon=None), Poisson(cohort=20), 60, 4).query(0)
+
+    def mean(self, updates: list[np.ndarray], examples: list[int]) -> np.ndarray:
+        query = self.query()
+        state = query.initial_global_state()
+        params, total = query.derive_sample_params(state), query.initial_sample_state([tf.zeros(2)])
+        for client, (update, count) in enumerate(zip(updates, examples, strict=True)):
+            of_client = query.client_params(params, tf.constant(client), tf.constant(count))
+            total = query.accumulate_preprocessed_record(total, query.preprocess_record(of_client, [update]))
+        result, after, event = query.get_noised_result(total, state)
+        assert after == state
+        assert isinstance(event, dp_accounting.NonPrivateDpEvent)
+        return result[0].numpy()
+
+    def test_is_divided_by_the_weights_of_those_who_came(self):
+        updates = [np.float32([1e6, -3]), np.float32([2e6, 5]), np.float32([0, 0])]
+        np.testing.assert_allclose(self.mean(updates, [1, 3, 4]), [7e6 / 8, 12 / 8], rtol=1e-6)
+        np.testing.assert_array_equal(self.mean([], []), [0, 0])
+
+    def test_a_diverged_client_counts_as_absent(self):
+        updates = [np.float32([np.nan, 1]), np.float32([1, 2]), np.float32([np.inf, 1])]
+        np.testing.assert_array_equal(self.mean(updates, [5, 3, 7]), [1, 2])
+        np.testing.assert_array_equal(self.mean(updates[:1], [5]), [0, 0])
+
+    def test_whoever_does_not_say_how_many_examples_is_refused(self):
+        query = self.query()
+        message = refusal(query.preprocess_record, query.derive_sample_params(()), [np.float32([1, 2])])
+        assert "tff.aggregators.MeanFactory()" in message
+
+    def test_mechanisms_with_noise_do_not_know_them(self):
+        assert "'weighting' is not a setting of Gaussian" in refusal(Gaussian, clip_norm=1, weighting="examples")
+        query = planned().query(0)
+        params = query.derive_sample_params(query.initial_global_state())
+        assert query.client_params(params, tf.constant(3), tf.constant(1000)) is params
+
+
 class TestPlan:
     def test_is_immutable(self, plan):
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -521,7 +562,9 @@ class TestPlan:
     def test_plans_that_differ_in_numbers_share_a_structure(self):
         other = planned(TARGET.replace(epsilon=0.7), clip=0.3, cohort=21, rounds=9)
         assert other.structure == planned().structure == ("gaussian", "flat")
-        assert NoMechanism().plan(Privacy(epsilon=None), Poisson(cohort=2), 60, 1).structure == ("none",)
+        weightings = [NoMechanism(weighting=weighting) for weighting in ("equal", "examples")]
+        plans = [mechanism.plan(Privacy(epsilon=None), Poisson(cohort=2), 60, 1) for mechanism in weightings]
+        assert [plan.structure for plan in plans] == [("none", "equal"), ("none", "examples")]
 
     def test_the_template_is_optional_and_changes_nothing(self, plan):
         template, record = [tf.zeros(3)], [np.float32([1, 2, 3])]

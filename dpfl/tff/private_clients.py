@@ -1,41 +1,8 @@
-"""DP-SGD clients in TensorFlow Federated: the same local training as in the in-graph engine, under genuine TFF.
-
-    import dpfl
-    import tensorflow as tf
-    from dpfl.clients.example_privacy import plan_clients
-
-    data = dpfl.data.digits(clients=30)
-    training = dpfl.ClientTraining(learning_rate=0.5, batch_size=16, steps=3, example_clip=1.0)
-    target = dpfl.Privacy(unit="example", epsilon=8, delta=1e-5)
-    plan = plan_clients(training, target, dpfl.Poisson(cohort=15), data.client_sizes, rounds=10)
-    datasets = [tf.data.Dataset.from_tensor_slices(data.client(k)).batch(16) for k in range(data.num_clients)]
-    spec = datasets[0].element_spec
-    process = dpfl.tff.build_dp_sgd_fed_avg("softmax", plan, input_spec=spec, num_classes=data.num_classes)
-    state = process.initialize()
-    for number in range(plan.rounds):
-        cohort = plan.sampler.clients(0, number, data.num_clients)
-        state = process.next(state, [datasets[k] for k in cohort]).state
-    print(plan.guarantee.statement())
-
-Clip, noise, minibatches and guarantee come from the plan, and from nowhere else. What the plan promises holds for the
-clients that it knows: in a plan with a finite epsilon, a client whose number of records is none of the plan's, and a
-round beyond the plan's, end `next` with an error. Who takes part is the caller's to draw, with the plan's own sampler:
-nobody twice in a round.
-
-`client_work` fits `tff.learning.templates.compose_learning_process`, `build_dp_sgd_fed_avg` is put together already,
-and takes any aggregator: `tff.aggregators.DifferentiallyPrivateFactory(plan.query(seed, template))` of a mechanism's
-plan adds user-level privacy on top (`template` is a list of arrays, `FunctionalModel.initial_weights(0)`).
-`evaluation_model` is for `tff.learning.algorithms.build_fed_eval`, and
-`FunctionalModel.to_keras(process.get_model_weights(state).trainable)` is the trained Keras model.
-
-TensorFlow Federated is imported when one of these functions is called, not before.
-"""
+"""DP-SGD clients: client work for learning processes, and federated averaging put together with it."""
 
 from __future__ import annotations
 
-import collections
 import secrets
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -45,14 +12,15 @@ from dpfl.clients import ClientTraining
 from dpfl.clients.dp_sgd import ClientSeeds, client_numbers, client_seeds, run_seeds, train_privately
 from dpfl.clients.example_privacy import ClientPlan
 from dpfl.clients.per_example import check_model
+from dpfl.clients.schedule import examples_seen
 from dpfl.errors import InputError
-from dpfl.models.functional import FunctionalModel, ModelBuilder, cross_entropies
+from dpfl.models.functional import FunctionalModel, ModelBuilder
 from dpfl.randomness import check_seed
+from dpfl.tff.batches import BatchSpec, class_labels, functional_model
+from dpfl.tff.runtime import tensorflow_federated
 
 if TYPE_CHECKING:
     import tensorflow_federated as tff
-
-__all__ = ["build_dp_sgd_fed_avg", "client_work", "evaluation_model"]
 
 _ALL_RECORDS = 2**31 - 1
 
@@ -82,8 +50,9 @@ def client_work(
 
     A client collects all its batches, since minibatches are drawn from all of its records: how the dataset is batched
     makes no difference. It sends weights before minus weights after, with weight 1, whatever its number of records.
-    An update that is not finite is sent as zeros. A client without examples sends zeros, without noise: that it has
-    none counts as public, as every client's number of records does, and there is no example to protect.
+    An update that is not finite is sent as zeros with weight 0, as TFF's own clients do. A client without examples
+    sends zeros, without noise: that it has none counts as public, as every client's number of records does, and there
+    is no example to protect.
 
     There are no training metrics: nothing protects them. The process' state is a `WorkState`.
 
@@ -108,9 +77,9 @@ def client_work(
         InputError: there is no TensorFlow Federated on this machine, the plan is none, the datasets do not hold
             what is needed, or the model does not fit them or has gradients that cannot be told apart by example.
     """
-    tff = _tensorflow_federated()
+    tff = tensorflow_federated()
     functional, spec = _private_model(model, plan, input_spec, num_classes, seed)
-    return _client_work(tff, functional, plan, spec, seed)
+    return private_work(tff, functional, plan, spec, seed)
 
 
 def build_dp_sgd_fed_avg(
@@ -146,7 +115,7 @@ def build_dp_sgd_fed_avg(
     Raises:
         InputError: as in `client_work`, or the aggregator or optimizer is not one of TFF's.
     """
-    tff = _tensorflow_federated()
+    tff = tensorflow_federated()
     if not isinstance(server_optimizer, tff.learning.optimizers.Optimizer | None):
         raise InputError(
             f"server_optimizer must be one of tff.learning.optimizers (build_sgdm(1.0), say), but it was "
@@ -158,18 +127,33 @@ def build_dp_sgd_fed_avg(
             f"(tff.aggregators.DifferentiallyPrivateFactory(query), say), but it was {aggregator!r}."
         )
     functional, spec = _private_model(model, plan, input_spec, num_classes, seed)
-    work = _client_work(tff, functional, plan, spec, seed)
+    work = private_work(tff, functional, plan, spec, seed)
+    if aggregator is None:
+        # Where nobody came, or came through, it would be 0 / 0.
+        aggregator = tff.aggregators.MeanFactory(no_nan_division=True)
+    elif not isinstance(aggregator, tff.aggregators.WeightedAggregationFactory):
+        aggregator = tff.aggregators.as_weighted_aggregator(aggregator)
+    if server_optimizer is None:
+        server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
     weights = functional.initial_weights(_drawn_if_none(seed))
+    return composed(tff, weights, work, aggregator, server_optimizer)
+
+
+def composed(tff: Any, weights: list[np.ndarray], work: Any, aggregator: Any, server_optimizer: Any) -> Any:
+    """A learning process of client work, a weighted aggregator and a server optimizer.
+
+    Args:
+        tff: TensorFlow Federated.
+        weights: initial ones, float32.
+        work: a `tff.learning.templates.ClientWorkProcess`.
+        aggregator: a `tff.aggregators.WeightedAggregationFactory`.
+        server_optimizer: a `tff.learning.optimizers.Optimizer`.
+    """
 
     @tff.tensorflow.computation
     def initial_weights() -> Any:
         return tff.learning.models.ModelWeights([tf.constant(weight) for weight in weights], ())
 
-    if aggregator is None:
-        # All weights are 1; an empty cohort would give 0 / 0 in the unweighted mean.
-        aggregator = tff.aggregators.MeanFactory(no_nan_division=True)
-    elif isinstance(aggregator, tff.aggregators.UnweightedAggregationFactory):
-        aggregator = tff.aggregators.as_weighted_aggregator(aggregator)
     result_type = work.next.type_signature.result.result.member
     weights_type = initial_weights.type_signature.result
     return tff.learning.templates.compose_learning_process(
@@ -177,130 +161,13 @@ def build_dp_sgd_fed_avg(
         tff.learning.templates.build_broadcast_process(weights_type),
         work,
         aggregator.create(result_type.update, result_type.update_weight),
-        tff.learning.templates.build_apply_optimizer_finalizer(
-            tff.learning.optimizers.build_sgdm(1.0) if server_optimizer is None else server_optimizer, weights_type
-        ),
+        tff.learning.templates.build_apply_optimizer_finalizer(server_optimizer, weights_type),
     )
-
-
-def evaluation_model(
-    model: str | ModelBuilder | tf.keras.Model | FunctionalModel,
-    *,
-    input_spec: Any,
-    num_classes: int | None = None,
-) -> tff.learning.models.FunctionalModel:
-    """Returns the model in TFF's form, for `tff.learning.algorithms.build_fed_eval`.
-
-    `evaluation.set_model_weights(evaluation.initialize(), process.get_model_weights(state))` gives it the weights
-    of a process that `build_dp_sgd_fed_avg` built. Random layers and weight penalties are left out: not for
-    training.
-
-    Args:
-        model: what `FunctionalModel` takes, or a `FunctionalModel`.
-        input_spec: `element_spec` of the datasets to evaluate on, as in `client_work`.
-        num_classes: number of classes; may be left out where a `FunctionalModel` is given.
-
-    Returns:
-        A `tff.learning.models.FunctionalModel` with the metrics `accuracy`, a fraction, and `loss`, the mean
-        cross-entropy in nats, which nothing protects.
-
-    Raises:
-        InputError: there is no TensorFlow Federated on this machine, or the model does not fit the datasets.
-    """
-    tff = _tensorflow_federated()
-    spec = _Spec.of(input_spec)
-    functional = _functional(model, spec, num_classes)
-    metrics = collections.OrderedDict(
-        accuracy=lambda: tf.keras.metrics.SparseCategoricalAccuracy("accuracy"),
-        loss=lambda: tf.keras.metrics.SparseCategoricalCrossentropy("loss", from_logits=True),
-    )
-
-    @tf.function(autograph=False)
-    def logits(weights: Any, x: tf.Tensor, training: bool) -> tf.Tensor:
-        return functional.bind(list(weights[0]))(tf.cast(x, tf.float32), training=False)
-
-    def mean_loss(output: tf.Tensor, label: tf.Tensor, sample_weight: Any = None) -> tf.Tensor:
-        return tf.reduce_mean(cross_entropies(output, _labels(label)))
-
-    return tff.learning.models.FunctionalModel(
-        initial_weights=(tuple(functional.initial_weights(0)), ()),
-        predict_on_batch_fn=logits,
-        loss_fn=mean_loss,
-        metrics_fns=tff.learning.metrics.create_functional_metric_fns(metrics),
-        input_spec=input_spec,
-    )
-
-
-def _tensorflow_federated() -> Any:
-    try:
-        import tensorflow_federated as tff
-    except ModuleNotFoundError as error:
-        if error.name != "tensorflow_federated":
-            raise
-        raise InputError(
-            "TensorFlow Federated has no package for this machine (it has them for Linux on x86_64 alone): use the "
-            "in-graph engine, which dpfl.Experiment runs."
-        ) from None
-    return tff
-
-
-class _Spec(NamedTuple):
-    """What the elements of a client's dataset hold, as `tf.TensorSpec`s of batches."""
-
-    x: tf.TensorSpec
-    y: tf.TensorSpec
-    client: tf.TensorSpec | None
-    elements: Any
-
-    @classmethod
-    def of(cls, input_spec: Any) -> _Spec:
-        if isinstance(input_spec, Mapping) and {"x", "y"} <= set(input_spec):
-            parts = [input_spec["x"], input_spec["y"], input_spec.get("client")]
-        elif isinstance(input_spec, Sequence) and len(input_spec) == 2:
-            parts = [*input_spec, None]
-        else:
-            parts = []
-        if not parts or not all(isinstance(part, tf.TensorSpec | None) for part in parts):
-            raise InputError(
-                "input_spec must be the element_spec of a dataset of batches (x, y) or OrderedDict(x=, y=), one tensor "
-                f"each, but it was {input_spec!r}."
-            )
-        if isinstance(input_spec, dict) and not isinstance(input_spec, collections.OrderedDict):
-            raise InputError(
-                "TensorFlow Federated needs datasets of named features to give collections.OrderedDict, not dict: map "
-                "the dataset to collections.OrderedDict(x=, y=)."
-            )
-        x, y, client = parts
-        if x.shape.rank is None or x.shape.rank < 2 or None in x.shape[1:]:
-            raise InputError(
-                f"x must have the shape (batch, *example shape), known but for the batch, but it was {x.shape}: batch "
-                "the dataset (dataset.batch(20)), examples of one feature as (batch, 1)."
-            )
-        if y.shape.rank not in (1, 2) or (y.shape.rank == 2 and y.shape[1] != 1) or not y.dtype.is_integer:
-            raise InputError(
-                "y must hold integer labels of shape (batch,) or (batch, 1), but it was "
-                f"{y.dtype.name} of shape {y.shape}: batch the dataset, and give classes from 0, not one-hot vectors."
-            )
-        if client is not None and not (client.dtype.is_integer and client.shape.rank == 1):
-            raise InputError(
-                "the feature client must hold the client's index, an integer of shape (batch,), but it was "
-                f"{client.dtype.name} of shape {client.shape}."
-            )
-        return cls(x, y, client, input_spec)
-
-
-def _functional(model: Any, spec: _Spec, num_classes: int | None) -> FunctionalModel:
-    example_shape = tuple(spec.x.shape[1:])
-    if isinstance(model, FunctionalModel):
-        return model.fitted_to(example_shape, model.num_classes if num_classes is None else num_classes)
-    if num_classes is None:
-        raise InputError("num_classes is missing: give the number of classes, 10 for digits.")
-    return FunctionalModel(model, example_shape, num_classes)
 
 
 def _private_model(
     model: Any, plan: ClientPlan, input_spec: Any, num_classes: int | None, seed: int | None
-) -> tuple[FunctionalModel, _Spec]:
+) -> tuple[FunctionalModel, BatchSpec]:
     """The model and the datasets' elements; refuses what cannot be trained by DP-SGD."""
     if isinstance(plan, ClientTraining):
         raise InputError(
@@ -314,7 +181,7 @@ def _private_model(
         )
     if not isinstance(plan, ClientPlan):
         raise InputError(f"plan must be a ClientPlan (Experiment.client_plan() gives one), but it was {plan!r}.")
-    spec = _Spec.of(input_spec)
+    spec = BatchSpec.of(input_spec)
     if seed is not None:
         check_seed(seed)
         if spec.client is None:
@@ -322,14 +189,36 @@ def _private_model(
                 "with a seed, every client's draws depend on its index: let its dataset give OrderedDict(x=, y=, "
                 "client=), client being the index in each record, or leave the seed out."
             )
-    functional = _functional(model, spec, num_classes)
+    functional = functional_model(model, spec, num_classes)
     # Made up, as no data is there yet: different, and small enough for the first two words of any vocabulary.
     examples = np.random.default_rng(0).uniform(0, 2, (3, *spec.x.shape[1:])).astype(np.float32)
     check_model(functional.to_keras(functional.initial_weights(0)), examples)
     return functional, spec
 
 
-def _client_work(tff: Any, model: FunctionalModel, plan: ClientPlan, spec: _Spec, seed: int | None) -> Any:
+class _Sent(NamedTuple):
+    """What a client sends: before minus after, its weight, and for simulations how many gradients it clipped."""
+
+    update: list[Any]
+    weight: Any
+    clipped_fraction: Any
+
+
+def private_work(
+    tff: Any,
+    model: FunctionalModel,
+    plan: ClientPlan,
+    spec: BatchSpec,
+    seed: int | None,
+    *,
+    weighted: bool = False,
+    measured: bool = False,
+) -> Any:
+    """`client_work` of what was checked.
+
+    Weighted, clients weigh as much as the examples that they process. Measured, the process reports the clients'
+    `clipped_fraction`s, summed up.
+    """
     run = np.stack(run_seeds(_drawn_if_none(seed)))
     state_type = tff.to_type(WorkState(np.int32, (np.int32, [3, 2])))
     tensors = [tff.TensorType(np.float32, shape) for shape in model.shapes]
@@ -340,8 +229,10 @@ def _client_work(tff: Any, model: FunctionalModel, plan: ClientPlan, spec: _Spec
     @tff.tensorflow.computation(state_type, weights_type, data_type)
     @tf.function(autograph=False)
     def train(state: WorkState, weights: Any, dataset: tf.data.Dataset) -> Any:
-        update = traced(state, list(weights.trainable), *_collected(dataset, spec))
-        return tff.learning.templates.ClientResult(update, tf.constant(1.0))
+        x, y, indices = _collected(dataset, spec)
+        sent = traced(state, list(weights.trainable), x, y, indices)
+        weight = sent.weight * _examples_seen(plan.training, tf.size(y)) if weighted else sent.weight
+        return tff.learning.templates.ClientResult(sent.update, weight), sent.clipped_fraction
 
     @tff.tensorflow.computation
     def initial_state() -> WorkState:
@@ -361,10 +252,9 @@ def _client_work(tff: Any, model: FunctionalModel, plan: ClientPlan, spec: _Spec
         tff.FederatedType(data_type, tff.CLIENTS),
     )
     def next_round(state: Any, weights: Any, datasets: Any) -> Any:
-        results = tff.federated_map(train, (tff.federated_broadcast(state), weights, datasets))
-        return tff.templates.MeasuredProcessOutput(
-            tff.federated_map(next_state, state), results, tff.federated_value((), tff.SERVER)
-        )
+        results, clipped = tff.federated_map(train, (tff.federated_broadcast(state), weights, datasets))
+        measurements = tff.federated_sum(clipped) if measured else tff.federated_value((), tff.SERVER)
+        return tff.templates.MeasuredProcessOutput(tff.federated_map(next_state, state), results, measurements)
 
     return tff.learning.templates.ClientWorkProcess(initialize, next_round)
 
@@ -372,16 +262,14 @@ def _client_work(tff: Any, model: FunctionalModel, plan: ClientPlan, spec: _Spec
 # From here on everything runs in graph, on one client.
 
 
-def _traced(model: FunctionalModel, plan: ClientPlan, spec: _Spec, *, seeded: bool) -> Any:
+def _traced(model: FunctionalModel, plan: ClientPlan, spec: BatchSpec, *, seeded: bool) -> Any:
     """A client's training, traced outside of TFF.
 
     In TFF's graphs `==` on tensors compares objects, not values, and Keras falls back to TensorFlow 1: traced
     here, it is the graph of the in-graph engine.
     """
 
-    def train(
-        state: WorkState, weights: list[tf.Tensor], x: tf.Tensor, y: tf.Tensor, indices: tf.Tensor
-    ) -> list[tf.Tensor]:
+    def train(state: WorkState, weights: list[tf.Tensor], x: tf.Tensor, y: tf.Tensor, indices: tf.Tensor) -> _Sent:
         return _train(model, plan, state, weights, x, y, indices if seeded else None)
 
     labels = tf.TensorSpec([None], tf.int32)
@@ -402,8 +290,8 @@ def _train(
     x: tf.Tensor,
     y: tf.Tensor,
     indices: tf.Tensor | None,
-) -> list[tf.Tensor]:
-    """One client's update, before minus after; zeros where it has no examples, or where it is not finite."""
+) -> _Sent:
+    """What one client sends: zeros where it has no examples, and with weight 0 where its update is not finite."""
     records = tf.shape(y)[0]
     if plan.is_private:
         _check_covered(plan, state.round, records)
@@ -413,8 +301,8 @@ def _train(
         seeds, client = ClientSeeds(*tf.unstack(state.seeds)), tf.concat([indices, [0]], axis=0)[0]
         tf.debugging.assert_equal(indices, client, "the feature client must be the same in all of a client's records.")
 
-    def trained() -> list[tf.Tensor]:
-        update = train_privately(
+    def trained() -> _Sent:
+        update, clipped_fraction = train_privately(
             model,
             weights,
             x,
@@ -422,19 +310,23 @@ def _train(
             training=plan.training,
             numbers=client_numbers(plan.training, plan.noise_multiplier),
             seeds=client_seeds(seeds, state.round, client),
-        ).update
+        )
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(part)) for part in update])
-        return [tf.where(finite, -part, tf.zeros_like(part)) for part in update]
+        sent = [tf.where(finite, -part, tf.zeros_like(part)) for part in update]
+        return _Sent(sent, tf.cast(finite, tf.float32), clipped_fraction)
 
-    return tf.cond(records > 0, trained, lambda: [tf.zeros_like(weight) for weight in weights])
+    def idle() -> _Sent:
+        return _Sent([tf.zeros_like(weight) for weight in weights], tf.constant(1.0), tf.constant(0.0))
+
+    return tf.cond(records > 0, trained, idle)
 
 
-def _collected(dataset: tf.data.Dataset, spec: _Spec) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def _collected(dataset: tf.data.Dataset, spec: BatchSpec) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """All of a client's examples, n of them: x float32 (n, *example shape), y and the client's index int32 (n,)."""
 
     def parts(*batch: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         x, y, client = (*batch, None) if len(batch) > 1 else (batch[0]["x"], batch[0]["y"], batch[0].get("client"))
-        labels = _labels(y)
+        labels = class_labels(y)
         return tf.cast(x, tf.float32), labels, tf.zeros_like(labels) if client is None else tf.cast(client, tf.int32)
 
     nothing = (tf.zeros([0, *spec.x.shape[1:]]), tf.zeros([0], tf.int32), tf.zeros([0], tf.int32))
@@ -442,8 +334,17 @@ def _collected(dataset: tf.data.Dataset, spec: _Spec) -> tuple[tf.Tensor, tf.Ten
     return whole.reduce(nothing, lambda _, batch: batch)
 
 
-def _labels(y: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tf.reshape(y, [-1]), tf.int32)
+def _examples_seen(training: ClientTraining, records: tf.Tensor) -> tf.Tensor:
+    """How many examples a client with so many records processes in a round, a float32 scalar."""
+    numbers = client_numbers(training, 0.0)
+    seen = examples_seen(
+        records[None],
+        steps=numbers.steps,
+        epochs=numbers.epochs,
+        batch_size=training.batch_size,
+        sampling=training.example_sampling,
+    )
+    return tf.cast(seen[0], tf.float32)
 
 
 def _check_covered(plan: ClientPlan, round_number: tf.Tensor, records: tf.Tensor) -> None:

@@ -94,10 +94,10 @@ def as_lists(parts):
     return [np.asarray(part).tolist() for part in parts]
 
 
-def by_tff(work, state, weights, datasets):
+def by_tff(work, state, weights, datasets, weight=1):
     weights = tff.learning.models.ModelWeights([np.array(weight) for weight in weights], ())
     output = work.next(state, [weights] * len(datasets), datasets)
-    assert all(float(result.update_weight) == 1 for result in output.result)
+    assert all(float(result.update_weight) == weight for result in output.result)
     assert output.measurements == ()
     return [as_lists(result.update) for result in output.result], output.state
 
@@ -235,7 +235,7 @@ for name, cohort in (("all with nothing", [nothing]), ("nobody", [])):
     answer[name] = as_lists(process.get_model_weights(process.next(initial, cohort).state).trainable)
 wild = planned(learning_rate=3e38, example_noise=1e3)
 work = dpfl.tff.client_work(softmax, wild, input_spec=spec, seed=11)
-answer["wild"] = by_tff(work, work.initialize(), softmax.initial_weights(11), datasets)[0]
+answer["wild"] = by_tff(work, work.initialize(), softmax.initial_weights(11), datasets, weight=0)[0]
 
 # What a guarantee would not cover.
 plan = planned(rounds=1, example_noise=0.8)
@@ -471,10 +471,11 @@ def test_bad_arguments_are_refused_in_a_sentence(answer, name, words) -> None:
 @in_tff
 def test_code_in_the_docstring_runs_as_it_stands(tmp_path) -> None:
     assert dpfl.tff.__doc__ is not None
-    code = re.search(r"\n\n((?:    .*\n|\n)+)", dpfl.tff.__doc__)
-    assert code is not None
-    found, printed = run(READ_ME.format(code=textwrap.dedent(code[1])), tmp_path)
-    assert re.match(r"\((7\.\d+|8), 1e-05\)-differential privacy at example level", printed)
+    code = "\n".join(re.findall(r"\n\n((?:    .*\n|\n)+)", dpfl.tff.__doc__))
+    found, printed = run(READ_ME.format(code=textwrap.dedent(code)), tmp_path)
+    of_clients, of_examples = printed.strip().splitlines()
+    assert re.match(r"\((7\.\d+|8), 0.01\)-differential privacy at user level", of_clients)
+    assert re.match(r"\((7\.\d+|8), 1e-05\)-differential privacy at example level", of_examples)
     assert 7.5 < found["epsilon"] <= 8
     # About 0.7 with any noise; guessing gives 0.1.
     assert found["accuracy"] > 0.4

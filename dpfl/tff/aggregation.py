@@ -1,0 +1,208 @@
+"""A plan's mechanism as an aggregator of TensorFlow Federated."""
+
+from __future__ import annotations
+
+import functools
+import math
+import secrets
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorflow_privacy.privacy.dp_query.dp_query import SumAggregationDPQuery
+
+from dpfl.errors import InputError
+from dpfl.mechanisms import Plan
+from dpfl.mechanisms.queries import MeanQuery, global_norm
+from dpfl.randomness import check_seed
+from dpfl.tff.runtime import tensorflow_federated
+
+if TYPE_CHECKING:
+    import tensorflow_federated as tff
+
+
+class AggregationMeasurements(NamedTuple):
+    """What the measured aggregator of a simulation reports of a round; nothing protects it.
+
+    Attributes:
+        norms: sum of the L2 norms of the clients' updates before clipping, of those that are finite.
+        clipped: number of clients whose update was clipped.
+        non_finite: number of clients whose update was not finite, and counted as zero.
+        clip_norm: the norm to which updates were clipped.
+    """
+
+    norms: Any
+    clipped: Any
+    non_finite: Any
+    clip_norm: Any
+
+
+def aggregator(plan: Plan, *, seed: int | None = None) -> tff.aggregators.AggregationFactory:
+    """The plan's mechanism for the `model_aggregator` of any builder in `tff.learning.algorithms`.
+
+    It runs `plan.query` in `tff.aggregators.DifferentiallyPrivateFactory`: every client's update is clipped as a
+    whole, noise is added once to their sum (or where the mechanism adds it), and the sum is divided by the expected
+    cohort. What the plan's guarantee says of the models holds if the cohorts come from the plan's own sampler
+    (`plan.sampler.clients(seed, round, plan.population)`), for at most the plan's rounds, and nothing but the models
+    is released: TFF's training metrics are not protected, and neither is `dp_query_metrics`.
+
+    Weighted builders hand over weights, which would break the sensitivity: they are ignored, except that a client
+    with weight 0 (TFF's mark for an update that is not finite, and for no examples) counts as one that did not come.
+
+    Mechanisms whose clients draw noise (local and distributed ones) draw it afresh in TFF, whatever the seed.
+
+    Args:
+        plan: of a mechanism, from `Experiment.plan` or a mechanism's own `plan`.
+        seed: of the noise, which is then the in-graph engine's: for simulations, as whoever knows the seed can take
+            the noise off. Without, one is drawn by the system's source of randomness and never shown.
+
+    Returns:
+        A factory that is both a `tff.aggregators.UnweightedAggregationFactory` and a `WeightedAggregationFactory`.
+
+    Raises:
+        InputError: there is no TensorFlow Federated on this machine, the plan is none of a mechanism, or it weights
+            by examples, which `tff.aggregators.MeanFactory` does.
+    """
+    tff = tensorflow_federated()
+    if not isinstance(plan, Plan):
+        raise InputError(
+            f"plan must be the plan of a mechanism (Experiment.plan() gives one), but it was {type(plan).__name__}."
+        )
+    if plan.mechanism.weighting != "equal":
+        raise InputError(
+            "the plan weights clients by their examples, and its aggregator is TFF's own: give "
+            "tff.aggregators.MeanFactory() to a weighted builder (tff.learning.algorithms.build_weighted_fed_avg)."
+        )
+    return _factories(tff).private(plan, secrets.randbits(64) if seed is None else check_seed(seed))
+
+
+def measured(factory: Any) -> Any:
+    """An aggregator that also reports `AggregationMeasurements`, for simulations.
+
+    Args:
+        factory: from `aggregator`, or a `tff.aggregators.MeanFactory`.
+
+    Returns:
+        A `tff.aggregators.WeightedAggregationFactory`.
+    """
+    return _factories(tensorflow_federated()).measured(factory)
+
+
+class BeforeMinusAfter(SumAggregationDPQuery):
+    """A query for updates with the other sign, as TFF's clients send them.
+
+    The in-graph engine adds up weights after minus before. Turned twice, the noise is the engine's, sign and all.
+
+    Args:
+        query: of weights after minus before.
+    """
+
+    def __init__(self, query: MeanQuery) -> None:
+        self._query = query
+
+    def initial_global_state(self) -> Any:
+        """The query's own state."""
+        return self._query.initial_global_state()
+
+    def derive_sample_params(self, global_state: Any) -> Any:
+        """The query's own parameters."""
+        return self._query.derive_sample_params(global_state)
+
+    def initial_sample_state(self, template: Any = None) -> Any:
+        """The query's own sum of nobody's updates."""
+        return self._query.initial_sample_state(template)
+
+    def preprocess_record(self, params: Any, record: Any) -> Any:
+        """What the query makes of the update after minus before."""
+        return self._query.preprocess_record(params, tf.nest.map_structure(tf.negative, record))
+
+    def get_noised_result(self, sample_state: Any, global_state: Any) -> tuple[Any, Any, Any]:
+        """The query's result, before minus after."""
+        result, state, event = self._query.get_noised_result(sample_state, global_state)
+        return tf.nest.map_structure(tf.negative, result), state, event
+
+    def clip_norm(self, global_state: Any) -> tf.Tensor:
+        """The norm to which records are clipped in the next round, a float32 scalar."""
+        return self._query.clip_norm(self._query.derive_sample_params(global_state))
+
+
+class _Factories(NamedTuple):
+    """Classes that can only be made once TFF is there."""
+
+    private: Any
+    measured: Any
+
+
+@functools.cache
+def _factories(tff: Any) -> _Factories:
+    def absent_if(weightless: Any, value: Any) -> Any:
+        """NaN, which queries take as an update of nobody, where the weight is zero."""
+        return tf.nest.map_structure(lambda part: tf.where(weightless, tf.fill(tf.shape(part), math.nan), part), value)
+
+    class Private(tff.aggregators.UnweightedAggregationFactory, tff.aggregators.WeightedAggregationFactory):
+        def __init__(self, plan: Plan, seed: int) -> None:
+            self._plan, self._seed = plan, seed
+
+        def query(self, value_type: Any) -> BeforeMinusAfter:
+            return BeforeMinusAfter(self._plan.query(self._seed, tff.types.type_to_tf_tensor_specs(value_type)))
+
+        def create(self, value_type: Any, weight_type: Any = None) -> Any:
+            unweighted = tff.aggregators.DifferentiallyPrivateFactory(self.query(value_type)).create(value_type)
+            if weight_type is None:
+                return unweighted
+
+            @tff.tensorflow.computation(value_type, weight_type)
+            def counted(value: Any, weight: Any) -> Any:
+                return absent_if(weight <= 0, value)
+
+            @tff.federated_computation(
+                unweighted.initialize.type_signature.result,
+                tff.FederatedType(value_type, tff.CLIENTS),
+                tff.FederatedType(weight_type, tff.CLIENTS),
+            )
+            def next_round(state: Any, values: Any, weights: Any) -> Any:
+                return unweighted.next(state, tff.federated_map(counted, (values, weights)))
+
+            return tff.templates.AggregationProcess(unweighted.initialize, next_round)
+
+        def clip_norm(self, value_type: Any, state_type: Any) -> Any:
+            query = self.query(value_type)
+            return tff.tensorflow.computation(lambda state: query.clip_norm(state.query_state), state_type)
+
+    class Measured(tff.aggregators.WeightedAggregationFactory):
+        def __init__(self, factory: Any) -> None:
+            self._factory = factory
+
+        def create(self, value_type: Any, weight_type: Any) -> Any:
+            float_type = tff.TensorType(np.float32)
+            process = self._factory.create(value_type, weight_type)
+            state_type = process.initialize.type_signature.result
+            if isinstance(self._factory, Private):
+                clip_norm_of = self._factory.clip_norm(value_type, state_type.member)
+            else:
+                clip_norm_of = tff.tensorflow.computation(lambda state: tf.constant(math.inf), state_type.member)
+
+            @tff.tensorflow.computation(float_type, value_type, weight_type)
+            def of_client(clip_norm: Any, value: Any, weight: Any) -> Any:
+                norm, came = global_norm(value), weight > 0
+                return (
+                    tf.where(came, norm, 0.0),
+                    tf.cast(came & (norm > clip_norm), tf.float32),
+                    tf.cast(~came, tf.float32),
+                )
+
+            @tff.federated_computation(
+                state_type, tff.FederatedType(value_type, tff.CLIENTS), tff.FederatedType(weight_type, tff.CLIENTS)
+            )
+            def next_round(state: Any, values: Any, weights: Any) -> Any:
+                clip_norm = tff.federated_map(clip_norm_of, state)
+                seen = tff.federated_sum(
+                    tff.federated_map(of_client, (tff.federated_broadcast(clip_norm), values, weights))
+                )
+                output = process.next(state, values, weights)
+                measurements = tff.federated_zip(AggregationMeasurements(seen[0], seen[1], seen[2], clip_norm))
+                return tff.templates.MeasuredProcessOutput(output.state, output.result, measurements)
+
+            return tff.templates.AggregationProcess(process.initialize, next_round)
+
+    return _Factories(Private, Measured)
