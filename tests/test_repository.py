@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jupytext
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text()
 
 
@@ -51,6 +53,20 @@ def test_files_that_the_documents_name_exist() -> None:
         assert links
         for link in links:
             assert (document.parent / link).exists(), f"{document.name} names {link}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_have_been_run_and_agree_with_their_text(path: Path) -> None:
+    notebook, text = jupytext.read(path), jupytext.read(path.with_suffix(".py"), fmt="py:percent")
+    cells, lines = ([(cell.cell_type, cell.source) for cell in one.cells] for one in (notebook, text))
+    assert cells == lines, f"run jupytext --sync {path.name}"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run it from top to bottom"
+    outputs = [output for cell in code for output in cell.outputs]
+    assert outputs
+    for output in outputs:
+        assert output.output_type in ("display_data", "execute_result") or output.name == "stdout", output
+    assert path.stat().st_size < 250_000
 
 
 @pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy dpfl"])

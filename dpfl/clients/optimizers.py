@@ -46,7 +46,8 @@ def step(
 ) -> tuple[list[tf.Tensor], tuple[list[tf.Tensor], ...]]:
     """Takes one local step.
 
-    "momentum" is Polyak's heavy ball, "adam" is algorithm 1 of Kingma & Ba (2015, 1412.6980), with bias correction.
+    "momentum" is Polyak's heavy ball, "adam" that of Kingma & Ba (2015, 1412.6980) in the form at the end of section 2,
+    with epsilon hat, as in Keras and TFF: the constant is added before the bias of the second moment is corrected.
 
     Args:
         optimizer: the kind.
@@ -77,11 +78,8 @@ def step(
             for old, means, power in ((decay, moments[0], tf.identity), (second_decay, moments[1], tf.square))
         )
         taken = tf.cast(step_number + 1, tf.float32)
-        of_first, of_second = 1 - tf.pow(decay, taken), 1 - tf.pow(second_decay, taken)
-        moves = [
-            rate * (mean / of_first) / (tf.sqrt(square / of_second) + adaptivity)
-            for mean, square in zip(first, second, strict=True)
-        ]
+        corrected = rate * tf.sqrt(1 - tf.pow(second_decay, taken)) / (1 - tf.pow(decay, taken))
+        moves = [corrected * mean / (tf.sqrt(square) + adaptivity) for mean, square in zip(first, second, strict=True)]
         kept = (first, second)
     return [weight - move for weight, move in zip(weights, moves, strict=True)], kept
 

@@ -33,11 +33,11 @@ class ClientTraining(Config):
             steps; None if `steps` is given.
         steps: local steps in a round, the same for every client; None if `epochs` is given.
         optimizer: "sgd"; "momentum" adds up gradients that fade (Polyak 1964); "adam" is Adam with bias
-            correction (Kingma & Ba 2015, 1412.6980, algorithm 1). Their state starts afresh in every round and is
+            correction (Kingma & Ba 2015, 1412.6980), as Keras has it. Their state starts afresh in every round and is
             neither kept nor sent. Costs no privacy.
         momentum: decay of the mean of gradients, for "momentum" and "adam", in [0, 1).
         second_momentum: decay of the mean of squared gradients, for "adam", in [0, 1).
-        adaptivity: the constant in Adam's denominator, positive.
+        adaptivity: the constant in Adam's denominator, positive: Keras' and TFF's `epsilon`.
         proximal_strength: mu of FedProx (Li et al. 2020, 1812.06127, equation 2), at least 0: a client's loss gets
             mu / 2 times the squared distance from the weights at the round's start, and its gradient mu times the
             difference, so that unlike clients drift apart less. Depends on no example: costs no privacy.

@@ -195,6 +195,11 @@ class FunctionalModel:
                     f"the layer {layer.name} (BatchNormalization) mixes a client's examples and keeps statistics "
                     "outside the weights: use GroupNormalization or LayerNormalization instead."
                 )
+            if getattr(layer, "activity_regularizer", None) is not None:
+                raise InputError(
+                    f"the layer {layer.name} has an activity regularizer, which adds up over a minibatch, padding and "
+                    "all: leave it out, or regularise the weights (kernel_regularizer)."
+                )
         listed = {id(variable) for variable in model.weights}
         return model, [variable for variable in created if id(variable) in listed]
 
@@ -349,4 +354,10 @@ def _only_products(model: tf.keras.Model) -> bool:
         tf.keras.layers.Add,
         tf.keras.layers.Concatenate,
     )
-    return all(isinstance(layer, plain) for layer in _layers(model))
+    return all(isinstance(layer, plain) and _is_elementwise(layer) for layer in _layers(model))
+
+
+def _is_elementwise(layer: tf.keras.layers.Layer) -> bool:
+    """Whether the layer's activation is Keras' or TensorFlow's own: another may mix examples, padding and all."""
+    activation = getattr(layer, "activation", None)
+    return activation is None or getattr(activation, "__module__", "").split(".")[0] in ("keras", "tensorflow")

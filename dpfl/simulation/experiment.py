@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from dpfl.simulation.result import Result
 
 
+def _folder(path: Any) -> Path:
+    if not path or not isinstance(path, str | Path):
+        raise InputError(f"checkpoints must be the path of a folder, but it was {path!r}.")
+    return Path(path)
+
+
 def _default_mechanism(settings: dict[str, Any]) -> Gaussian | NoMechanism:
     """What the target's unit asks of the server."""
     privacy = settings.get("privacy")
@@ -202,7 +208,7 @@ class Experiment(Config):
         from dpfl.simulation.run import run
 
         seed = check_seed(seed)
-        kept = None if checkpoints is None else Checkpoints(Path(checkpoints), checkpoint_every)
+        kept = None if checkpoints is None else Checkpoints(_folder(checkpoints), checkpoint_every)
         with progress_bar("training", self.rounds, "rounds", shown=progress) as advance:
             plan = self.plan()
             return run(self, plan, self.client_plan(plan.rounds), seed, advance, kept)
@@ -231,5 +237,7 @@ class Experiment(Config):
     @functools.cached_property
     def identity(self) -> str:
         """Everything but the seed that a result depends on, as JSON."""
-        versions = {name: importlib.metadata.version(name) for name in ("dpfl", "tensorflow", "dp-accounting")}
+        names = ["tensorflow", "dp-accounting"] + ["tensorflow-federated"] * (self.engine == "tff")
+        # dpfl's own as it was when this process began, whatever has been installed since.
+        versions = {"dpfl": dpfl.__version__, **{name: importlib.metadata.version(name) for name in names}}
         return json.dumps({"settings": self.settings(), "versions": versions}, sort_keys=True)

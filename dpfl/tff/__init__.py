@@ -1,10 +1,12 @@
 """dpfl's parts under genuine TensorFlow Federated: mechanisms, DP-SGD clients, datasets, evaluation.
 
 Whoever starts with dpfl runs any experiment there by `Experiment(engine="tff")`. Whoever has TFF code already takes the
-parts. A mechanism is the `model_aggregator` of any builder; who takes part is drawn by the plan's sampler, for as many
-rounds as the plan has, or its guarantee is not true:
+parts. A mechanism is the `model_aggregator` of FedAvg, FedProx and FedSGD; who takes part is drawn by the plan's
+sampler, with a seed that nobody learns, or its guarantee is not true:
 
-    import dpfl
+    import secrets
+
+    import dpfl  # first, so that TensorFlow keeps its log to itself
     import tensorflow as tf
     import tensorflow_federated as tff
 
@@ -22,9 +24,9 @@ rounds as the plan has, or its guarantee is not true:
     plan = dpfl.Gaussian(clip_norm=0.5).plan(target, dpfl.Poisson(cohort=15), population=30, rounds=3)
     aggregator = dpfl.tff.aggregator(plan)
     process = tff.learning.algorithms.build_unweighted_fed_avg(model_fn, optimizer, model_aggregator=aggregator)
-    state = process.initialize()
+    seed, state = secrets.randbits(63), process.initialize()
     for number in range(plan.rounds):
-        state = process.next(state, [datasets[k] for k in plan.sampler.clients(0, number, 30)]).state
+        state = process.next(state, [datasets[k] for k in plan.sampler.clients(seed, number, 30)]).state
     print(plan.guarantee.statement())
 
 Clients that protect their own examples by DP-SGD are `client_work`, which fits
@@ -38,9 +40,9 @@ aggregator, the one above among them:
     plan = plan_clients(training, target, dpfl.Poisson(cohort=15), data.client_sizes, rounds=10)
     spec = datasets[0].element_spec
     process = dpfl.tff.build_dp_sgd_fed_avg("softmax", plan, input_spec=spec, num_classes=10)
-    state = process.initialize()
+    seed, state = secrets.randbits(63), process.initialize()
     for number in range(plan.rounds):
-        state = process.next(state, [datasets[k] for k in plan.sampler.clients(0, number, 30)]).state
+        state = process.next(state, [datasets[k] for k in plan.sampler.clients(seed, number, 30)]).state
     print(plan.guarantee.statement())
 
 There, clip, noise, minibatches and guarantee come from the plan, and from nowhere else. What it promises holds for the

@@ -16,6 +16,7 @@ from dpfl.mechanisms import Plan
 from dpfl.mechanisms.queries import MeanQuery, global_norm
 from dpfl.randomness import check_seed
 from dpfl.tff.runtime import tensorflow_federated
+from dpfl.tff.seeds import fresh_seeds
 
 if TYPE_CHECKING:
     import tensorflow_federated as tff
@@ -38,13 +39,15 @@ class AggregationMeasurements(NamedTuple):
 
 
 def aggregator(plan: Plan, *, seed: int | None = None) -> tff.aggregators.AggregationFactory:
-    """The plan's mechanism for the `model_aggregator` of any builder in `tff.learning.algorithms`.
+    """The plan's mechanism, for the `model_aggregator` of FedAvg, FedProx and FedSGD in `tff.learning.algorithms`.
 
     It runs `plan.query` in `tff.aggregators.DifferentiallyPrivateFactory`: every client's update is clipped as a
     whole, noise is added once to their sum (or where the mechanism adds it), and the sum is divided by the expected
     cohort. What the plan's guarantee says of the models holds if the cohorts come from the plan's own sampler
-    (`plan.sampler.clients(seed, round, plan.population)`), for at most the plan's rounds, and nothing but the models
-    is released: TFF's training metrics are not protected, and neither is `dp_query_metrics`.
+    (`plan.sampler.clients(seed, round, plan.population)`, with a seed that nobody learns), and nothing but the models
+    is released: TFF's training metrics are not protected, and neither is `dp_query_metrics`. A round beyond those of a
+    plan with a finite epsilon ends `next` with an error. Mime Lite is not covered: it also aggregates full gradients,
+    by another aggregator, and that is a second release.
 
     Weighted builders hand over weights, which would break the sensitivity: they are ignored, except that a client
     with weight 0 (TFF's mark for an update that is not finite, and for no examples) counts as one that did not come.
@@ -54,7 +57,8 @@ def aggregator(plan: Plan, *, seed: int | None = None) -> tff.aggregators.Aggreg
     Args:
         plan: of a mechanism, from `Experiment.plan` or a mechanism's own `plan`.
         seed: of the noise, which is then the in-graph engine's: for simulations, as whoever knows the seed can take
-            the noise off. Without, one is drawn by the system's source of randomness and never shown.
+            the noise off. Without, every `initialize` draws seeds of its own, from the system's source of randomness
+            and TensorFlow's. The process' state has them: keep it, and checkpoints of it, as secret as the data.
 
     Returns:
         A factory that is both a `tff.aggregators.UnweightedAggregationFactory` and a `WeightedAggregationFactory`.
@@ -73,7 +77,9 @@ def aggregator(plan: Plan, *, seed: int | None = None) -> tff.aggregators.Aggreg
             "the plan weights clients by their examples, and its aggregator is TFF's own: give "
             "tff.aggregators.MeanFactory() to a weighted builder (tff.learning.algorithms.build_weighted_fed_avg)."
         )
-    return _factories(tff).private(plan, secrets.randbits(64) if seed is None else check_seed(seed))
+    if seed is None:
+        return _factories(tff).private(plan, secrets.randbits(64), afresh=True)
+    return _factories(tff).private(plan, check_seed(seed), afresh=False)
 
 
 def measured(factory: Any) -> Any:
@@ -95,14 +101,17 @@ class BeforeMinusAfter(SumAggregationDPQuery):
 
     Args:
         query: of weights after minus before.
+        afresh: whether each initial state has seeds of its own, mixed with the query's.
     """
 
-    def __init__(self, query: MeanQuery) -> None:
+    def __init__(self, query: MeanQuery, *, afresh: bool = False) -> None:
         self._query = query
+        self._afresh = afresh
 
     def initial_global_state(self) -> Any:
         """The query's own state."""
-        return self._query.initial_global_state()
+        state = self._query.initial_global_state()
+        return _with_fresh_seeds(state) if self._afresh else state
 
     def derive_sample_params(self, global_state: Any) -> Any:
         """The query's own parameters."""
@@ -126,6 +135,17 @@ class BeforeMinusAfter(SumAggregationDPQuery):
         return self._query.clip_norm(self._query.derive_sample_params(global_state))
 
 
+def _with_fresh_seeds(state: Any) -> Any:
+    """The initial state of a `MeanQuery` with seeds that neither of two sources is enough to know."""
+    numerator = state.numerator_state
+    seeds = {
+        name: tf.bitwise.bitwise_xor(value, fresh_seeds(1)[0])
+        for name, value in numerator._asdict().items()
+        if name == "seed" or name.endswith("_seed")
+    }
+    return state._replace(numerator_state=numerator._replace(**seeds))
+
+
 class _Factories(NamedTuple):
     """Classes that can only be made once TFF is there."""
 
@@ -140,30 +160,48 @@ def _factories(tff: Any) -> _Factories:
         return tf.nest.map_structure(lambda part: tf.where(weightless, tf.fill(tf.shape(part), math.nan), part), value)
 
     class Private(tff.aggregators.UnweightedAggregationFactory, tff.aggregators.WeightedAggregationFactory):
-        def __init__(self, plan: Plan, seed: int) -> None:
-            self._plan, self._seed = plan, seed
+        def __init__(self, plan: Plan, seed: int, *, afresh: bool) -> None:
+            self._plan, self._seed, self._afresh = plan, seed, afresh
 
         def query(self, value_type: Any) -> BeforeMinusAfter:
-            return BeforeMinusAfter(self._plan.query(self._seed, tff.types.type_to_tf_tensor_specs(value_type)))
+            query = self._plan.query(self._seed, tff.types.type_to_tf_tensor_specs(value_type))
+            return BeforeMinusAfter(query, afresh=self._afresh)
 
         def create(self, value_type: Any, weight_type: Any = None) -> Any:
-            unweighted = tff.aggregators.DifferentiallyPrivateFactory(self.query(value_type)).create(value_type)
+            process = tff.aggregators.DifferentiallyPrivateFactory(self.query(value_type)).create(value_type)
+            state_type, values_type = (
+                process.initialize.type_signature.result,
+                tff.FederatedType(value_type, tff.CLIENTS),
+            )
+            rounds = self._plan.rounds if self._plan.is_private else np.iinfo(np.int32).max
+
+            @tff.tensorflow.computation(state_type.member)
+            @tf.function(autograph=False)
+            def covered(state: Any) -> Any:
+                tf.debugging.assert_less(
+                    state.query_state.numerator_state.round,
+                    rounds,
+                    f"the plan's {rounds} rounds are done and its guarantee covers no more: plan more rounds.",
+                )
+                return state
+
             if weight_type is None:
-                return unweighted
+
+                @tff.federated_computation(state_type, values_type)
+                def next_unweighted(state: Any, values: Any) -> Any:
+                    return process.next(tff.federated_map(covered, state), values)
+
+                return tff.templates.AggregationProcess(process.initialize, next_unweighted)
 
             @tff.tensorflow.computation(value_type, weight_type)
             def counted(value: Any, weight: Any) -> Any:
                 return absent_if(weight <= 0, value)
 
-            @tff.federated_computation(
-                unweighted.initialize.type_signature.result,
-                tff.FederatedType(value_type, tff.CLIENTS),
-                tff.FederatedType(weight_type, tff.CLIENTS),
-            )
-            def next_round(state: Any, values: Any, weights: Any) -> Any:
-                return unweighted.next(state, tff.federated_map(counted, (values, weights)))
+            @tff.federated_computation(state_type, values_type, tff.FederatedType(weight_type, tff.CLIENTS))
+            def next_weighted(state: Any, values: Any, weights: Any) -> Any:
+                return process.next(tff.federated_map(covered, state), tff.federated_map(counted, (values, weights)))
 
-            return tff.templates.AggregationProcess(unweighted.initialize, next_round)
+            return tff.templates.AggregationProcess(process.initialize, next_weighted)
 
         def clip_norm(self, value_type: Any, state_type: Any) -> Any:
             query = self.query(value_type)
@@ -184,17 +222,26 @@ def _factories(tff: Any) -> _Factories:
 
             @tff.tensorflow.computation(float_type, value_type, weight_type)
             def of_client(clip_norm: Any, value: Any, weight: Any) -> Any:
-                norm, came = global_norm(value), weight > 0
+                norm = global_norm(value)
+                came = (weight > 0) & tf.math.is_finite(norm)
                 return (
                     tf.where(came, norm, 0.0),
                     tf.cast(came & (norm > clip_norm), tf.float32),
                     tf.cast(~came, tf.float32),
                 )
 
+            @tff.tensorflow.computation(value_type, weight_type)
+            def finite(value: Any, weight: Any) -> Any:
+                # Entries can be finite where the norm, which queries go by, is not.
+                is_finite = tf.math.is_finite(global_norm(value))
+                kept = tf.nest.map_structure(lambda part: tf.where(is_finite, part, tf.zeros_like(part)), value)
+                return kept, tf.where(is_finite, weight, tf.zeros_like(weight))
+
             @tff.federated_computation(
                 state_type, tff.FederatedType(value_type, tff.CLIENTS), tff.FederatedType(weight_type, tff.CLIENTS)
             )
             def next_round(state: Any, values: Any, weights: Any) -> Any:
+                values, weights = tff.federated_map(finite, (values, weights))
                 clip_norm = tff.federated_map(clip_norm_of, state)
                 seen = tff.federated_sum(
                     tff.federated_map(of_client, (tff.federated_broadcast(clip_norm), values, weights))

@@ -51,6 +51,8 @@ class Features:
         if batched:
             specs = {feature: type(spec)(spec.shape[1:], spec.dtype) for feature, spec in specs.items()}
         listed = ", ".join(f"{feature!r} ({_described(spec)})" for feature, spec in specs.items())
+        if not (x is None or isinstance(x, str | Sequence)):
+            raise InputError(f"x must be the name of a feature of {name}, or a list of names, but it was {x!r}.")
         given = [] if x is None else [x] if isinstance(x, str) else list(x)
         for feature in [*given, *([] if y is None else [y])]:
             if feature not in specs:

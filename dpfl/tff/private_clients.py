@@ -18,6 +18,7 @@ from dpfl.models.functional import FunctionalModel, ModelBuilder
 from dpfl.randomness import check_seed
 from dpfl.tff.batches import BatchSpec, class_labels, functional_model
 from dpfl.tff.runtime import tensorflow_federated
+from dpfl.tff.seeds import fresh_seeds
 
 if TYPE_CHECKING:
     import tensorflow_federated as tff
@@ -124,7 +125,7 @@ def build_dp_sgd_fed_avg(
     if not isinstance(aggregator, tff.aggregators.AggregationFactory | None):
         raise InputError(
             "aggregator must be one of TFF's aggregation factories "
-            f"(tff.aggregators.DifferentiallyPrivateFactory(query), say), but it was {aggregator!r}."
+            f"(dpfl.tff.aggregator(plan), say), but it was {type(aggregator).__name__}."
         )
     functional, spec = _private_model(model, plan, input_spec, num_classes, seed)
     work = private_work(tff, functional, plan, spec, seed)
@@ -180,7 +181,9 @@ def _private_model(
             )
         )
     if not isinstance(plan, ClientPlan):
-        raise InputError(f"plan must be a ClientPlan (Experiment.client_plan() gives one), but it was {plan!r}.")
+        raise InputError(
+            f"plan must be a ClientPlan (Experiment.client_plan() gives one), but it was {type(plan).__name__}."
+        )
     spec = BatchSpec.of(input_spec)
     if seed is not None:
         check_seed(seed)
@@ -364,14 +367,8 @@ def _check_covered(plan: ClientPlan, round_number: tf.Tensor, records: tf.Tensor
 
 
 def _fresh_seeds(run: tf.Tensor) -> ClientSeeds:
-    """Seeds of this client alone, mixed with the run's so that neither of the two sources is enough to know them.
-
-    The raw operation, because `tf.random.uniform` follows `tf.random.set_seed`, after which all clients would share
-    their noise, in all rounds.
-    """
-    smallest, largest = tf.constant(tf.int32.min), tf.constant(tf.int32.max)
-    drawn = tf.raw_ops.RandomUniformInt(shape=[3, 2], minval=smallest, maxval=largest, seed=0, seed2=0)
-    return ClientSeeds(*tf.unstack(tf.bitwise.bitwise_xor(run, drawn)))
+    """Seeds of this client alone, mixed with the run's so that neither of the two sources is enough to know them."""
+    return ClientSeeds(*tf.unstack(tf.bitwise.bitwise_xor(run, fresh_seeds(3))))
 
 
 def _drawn_if_none(seed: int | None) -> int:

@@ -77,12 +77,16 @@ def chosen_clients(
         )
     if clients is None:
         return known
+    if isinstance(clients, bool) or not isinstance(clients, int | np.integer | str | Sequence):
+        raise InputError(f"clients must be a number of clients or a list of their ids, but it was {clients!r}.")
     if isinstance(clients, int | np.integer):
         if not 1 <= clients <= len(known):
             raise InputError(f"clients is {clients}, but {name} has {len(known)} clients: ask for 1 to {len(known)}.")
         drawn = generator(seed, Purpose.CHOOSING_CLIENTS).choice(len(known), clients, replace=False)
         return [known[position] for position in sorted(drawn)]
     wanted = {clients} if isinstance(clients, str) else set(clients)
+    if not wanted:
+        raise InputError(f"clients is empty, but {name} needs at least 2: give ids, or leave it out for all.")
     if unknown := sorted(wanted.difference(known), key=str):
         raise InputError(f"{name} has no client {unknown[0]!r}: {instead(unknown[0], known)}")
     return [client for client in known if client in wanted]

@@ -17,7 +17,7 @@ from dpfl.tff.worker import end_workers_with_this_process
 def tensorflow_federated() -> Any:
     """Imports TensorFlow Federated, silently, and sees to it that its worker process ends with this one.
 
-    Whoever has set `GRPC_VERBOSITY`, or Python's own filters of warnings (`python -W`), keeps them.
+    Who has set `GRPC_VERBOSITY`, `GRPC_ENABLE_FORK_SUPPORT` or Python's filters of warnings (`python -W`) keeps them.
 
     Returns:
         The module `tensorflow_federated`.
@@ -54,8 +54,10 @@ def _prepare() -> int:
     Returns:
         The id of the process that did.
     """
-    # gRPC reads it at the first connection; it would report every later fork, and each worker that ended.
+    # gRPC reads them at the first connection. It would report every later fork and each worker that ended, and, half
+    # prepared for forks as it is by default, crash many a fork at its end.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")

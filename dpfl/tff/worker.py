@@ -57,7 +57,7 @@ def end_workers_with_this_process(executor_factory: Any) -> bool:
         return False
     executor_factory.subprocess = types.SimpleNamespace(Popen=_WorkerPopen)
     for known in gc.get_objects():
-        if type(known) is subprocess.Popen and _is_worker(known.args):
+        if type(known) is subprocess.Popen and _is_worker(getattr(known, "args", None)):
             # Neither another process's, where this one is a fork, nor reaped: TensorFlow Federated does that.
             with contextlib.suppress(ChildProcessError, ProcessLookupError):
                 os.waitid(os.P_PID, known.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -96,7 +96,7 @@ class _Worker:
         threading.Thread(target=_keep, args=(command, started), name="tff-worker", daemon=True).start()
         process = started.result()
         self.pid = process.pid
-        self._end = weakref.finalize(self, _end, process, os.getpid())
+        self._end = weakref.finalize(self, _end, process)
         # At exit values that are computed there are released first, and threads may be at work: the kernel is later.
         self._end.atexit = False
 
@@ -134,7 +134,7 @@ def _launch(command: Sequence[str]) -> subprocess.Popen[bytes]:
     return process
 
 
-def _end(process: subprocess.Popen[bytes], parent: int) -> None:
-    if os.getpid() == parent:  # not in a fork of it
-        process.kill()
-        process.wait()
+def _end(process: subprocess.Popen[bytes]) -> None:
+    # In a fork, whose child the worker is not, neither does anything.
+    process.kill()
+    process.wait()

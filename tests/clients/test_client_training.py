@@ -112,10 +112,9 @@ class TestSettings:
     [
         ({"optimizer": "sgd"}, tf.keras.optimizers.SGD(0.3)),
         ({"optimizer": "momentum", "momentum": 0.8}, tf.keras.optimizers.SGD(0.3, momentum=0.8)),
-        # Keras puts Adam's constant elsewhere ("epsilon hat" of the paper), which does not show where it is small.
         (
-            {"optimizer": "adam", "momentum": 0.8, "second_momentum": 0.95, "adaptivity": 1e-12},
-            tf.keras.optimizers.Adam(0.3, 0.8, 0.95, 1e-12),
+            {"optimizer": "adam", "momentum": 0.8, "second_momentum": 0.95, "adaptivity": 0.1},
+            tf.keras.optimizers.Adam(0.3, 0.8, 0.95, 0.1),
         ),
     ],
     ids=lambda value: value["optimizer"] if isinstance(value, dict) else "",

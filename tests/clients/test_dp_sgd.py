@@ -163,7 +163,7 @@ def _by_hand(
             first = [beta * m + (1 - beta) * g for m, g in zip(first, gradient, strict=True)]
             second = [beta2 * v + (1 - beta2) * g**2 for v, g in zip(second, gradient, strict=True)]
             direction = [
-                m / (1 - beta ** (step + 1)) / (np.sqrt(v / (1 - beta2 ** (step + 1))) + training.adaptivity)
+                m / (1 - beta ** (step + 1)) * np.sqrt(1 - beta2 ** (step + 1)) / (np.sqrt(v) + training.adaptivity)
                 for m, v in zip(first, second, strict=True)
             ]
         weights = [w - training.learning_rate * d for w, d in zip(weights, direction, strict=True)]

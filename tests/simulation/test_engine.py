@@ -40,7 +40,8 @@ class _Optimizer:
             self.first = local.momentum * self.first + (1 - local.momentum) * flat
             self.second = local.second_momentum * self.second + (1 - local.second_momentum) * flat**2
             mean = self.first / (1 - local.momentum**self.steps)
-            flat = mean / (np.sqrt(self.second / (1 - local.second_momentum**self.steps)) + local.adaptivity)
+            correction = np.sqrt(1 - local.second_momentum**self.steps)
+            flat = mean * correction / (np.sqrt(self.second) + local.adaptivity)
         parts = np.split(local.learning_rate * flat, np.cumsum([gradient.size for gradient in gradients])[:-1])
         return [part.reshape(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import pickle
 import signal
@@ -26,7 +27,6 @@ BUILDERS = (
     "unweighted, proximal",
     "weighted, proximal",
     "scheduled",
-    "mime lite",
 )
 EXPECTED_COHORT, CLIENTS, CLIP = 4, 3, 0.5
 
@@ -77,12 +77,9 @@ def built(name, factory):
         return algorithms.build_unweighted_fed_prox(model, 0.1, **optimizers, **common)
     if name == "weighted, proximal":
         return algorithms.build_weighted_fed_prox(model, 0.1, **optimizers, **common)
-    if name == "scheduled":
-        return algorithms.build_weighted_fed_avg_with_optimizer_schedule(
-            model, lambda number: 5.0, sgd, server_optimizer_fn=sgd(1.0), **common
-        )
-    mime = {"base_optimizer": sgd(5.0), "server_optimizer": sgd(1.0), "full_gradient_aggregator": factory}
-    return algorithms.build_unweighted_mime_lite(model, **mime, **common)
+    return algorithms.build_weighted_fed_avg_with_optimizer_schedule(
+        model, lambda number: 5.0, sgd, server_optimizer_fn=sgd(1.0), **common
+    )
 
 
 def after(process, rounds=1, cohort=clients):
@@ -108,7 +105,10 @@ for name in names:
         "noisy": after(built(name, dpfl.tff.aggregator(noisy, seed=7))),
     }
 first = "unweighted averaging"
-answer["unseeded"] = [after(built(first, dpfl.tff.aggregator(noisy)), cohort=[]) for _ in range(2)]
+# One factory, in one process twice and in another one.
+unseeded = dpfl.tff.aggregator(noisy)
+process = built(first, unseeded)
+answer["unseeded"] = [after(one, cohort=[]) for one in (process, process, built("weighted averaging", unseeded))]
 mechanisms = {
     "adaptive": planned(AdaptiveClipping(clip_norm=0.5, noise_multiplier=0.2)),
     "tree": planned(
@@ -124,6 +124,14 @@ answer["own"] = {
     "averaging": after(algorithms.build_unweighted_fed_avg(model, sgd(0.5), sgd(1.0), model_aggregator=mean)),
     "proximal": after(algorithms.build_unweighted_fed_prox(model, 1.0, sgd(0.5), sgd(1.0), model_aggregator=mean)),
 }
+
+
+five_rounds = built(first, dpfl.tff.aggregator(planned(Gaussian(clip_norm=0.5), epsilon=8)))
+after(five_rounds, rounds=5)
+try:
+    after(five_rounds, rounds=6)
+except Exception as error:
+    answer["sixth round"] = str(error)
 
 
 def refused(*arguments, **more):
@@ -187,10 +195,14 @@ def test_noise_is_that_of_the_in_graph_engine(answer, name):
         np.testing.assert_allclose(noisy - quiet, noise, atol=1e-6)
 
 
-def test_without_a_seed_noise_is_fresh(answer):
-    one, other = answer["unseeded"]
-    assert norm(one) > 0.1
-    assert norm([a - b for a, b in zip(one, other, strict=True)]) > 0.1
+def test_without_a_seed_noise_is_fresh_at_every_start(answer):
+    for one, other in itertools.combinations(answer["unseeded"], 2):
+        assert norm(one) > 0.1
+        assert norm([a - b for a, b in zip(one, other, strict=True)]) > 0.1
+
+
+def test_no_round_beyond_the_plan(answer):
+    assert "5 rounds are done and its guarantee covers no more" in answer["sixth round"]
 
 
 @pytest.mark.parametrize("name", ["adaptive", "tree"])

@@ -22,13 +22,8 @@ needs_tff = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow_federated") is None,
     reason="TensorFlow Federated has wheels for Linux on x86_64 alone",
 )
-QUIET = {
-    "TF_CPP_MIN_LOG_LEVEL",
-    "GRPC_VERBOSITY",
-    "GRPC_ENABLE_FORK_SUPPORT",
-    "PYTHONWARNINGS",
-}  # may be set here, and not there
-PATIENCE = 150  # seconds, for a crowded machine: nothing here takes ten on an idle one, but for the imports
+QUIET = ("TF_CPP_MIN_LOG_LEVEL", "GRPC_VERBOSITY", "GRPC_ENABLE_FORK_SUPPORT", "PYTHONWARNINGS")  # set by nobody
+PATIENCE = 300  # seconds, for a crowded machine: nothing here takes ten on an idle one, but for the imports
 
 # How a process ends, by itself or by a signal; what becomes of it, as of `subprocess`.
 WAYS = {
@@ -40,13 +35,14 @@ WAYS = {
     "SIGTERM": -signal.SIGTERM,
     "SIGKILL": -signal.SIGKILL,
     "SIGINT ignored": 0,  # as by a shell's `&` without job control
-    "notebook": 0,
+    "notebook": 4,
     "another version": 0,
     "Ctrl-C while computing": -signal.SIGINT,
     "SIGKILL while computing": -signal.SIGKILL,
 }
 
-# Each way in a process of its own, forked after the imports, as these take the time; TensorFlow Federated before dpfl.
+# Each way in a process of its own, forked after the imports, as these take the time, but before TensorFlow has threads;
+# TensorFlow Federated is imported before dpfl.
 ENDS = """
 import builtins
 import os
@@ -62,16 +58,28 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from tensorflow_federated.python.core.impl.executor_stacks import executor_factory
 
-folder = Path(sys.argv[1])
-children = {}
-for way in sys.argv[2:]:
-    children[way] = os.fork()
-    if not children[way]:
+from dpfl.tff.runtime import tensorflow_federated
+
+folder, *ways = Path(sys.argv[1]), *sys.argv[2:]
+running = {}
+
+
+def wait():
+    child, status = os.wait()
+    (folder / running.pop(child) / "code").write_text(str(os.waitstatus_to_exitcode(status)))
+
+
+for way in ways:
+    if len(running) == 4:  # for the sake of the memory
+        wait()
+    child = os.fork()
+    if not child:
         break
+    running[child] = way
+    (folder / way / "pid").write_text(str(child))
 else:
-    for way, child in children.items():
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        (folder / way / "code").write_text(str(code))
+    while running:
+        wait()
     os._exit(0)
 
 folder = folder / way
@@ -87,8 +95,6 @@ if way == "notebook":
 if way == "another version":
     executor_factory.subprocess = types.SimpleNamespace(Popen=subprocess.Popen)
 
-from dpfl.tff.runtime import tensorflow_federated
-
 assert tensorflow_federated() is tff
 tff.backends.native.set_sync_local_cpp_execution_context()  # The imported one's thread is in the parent.
 
@@ -100,16 +106,17 @@ def count(number):
 
 process = tff.aggregators.SumFactory().create(tff.TensorType(np.float32))  # keeps the worker, in TFF alone
 assert process.next(process.initialize(), [1.0, 2.0]).result == 3
-(folder / "ready").write_text(str(os.getpid()))
-if "while computing" in way:
-    count(10**8)
+(folder / "ready").write_text("yes")
 while not (folder / "go").exists():
     time.sleep(0.05)
+if "while computing" in way:
+    (folder / "computing").write_text("yes")
+    count(10**8)
 if way == "exception":
     raise ValueError("on purpose")
 if way == "sys.exit":
     sys.exit(3)
-if way == "os._exit":
+if way in ("os._exit", "notebook"):
     os._exit(4)
 if way.startswith("SIG") and way != "SIGINT ignored":
     signal.pause()
@@ -207,7 +214,7 @@ time.sleep(1)
 answer["outlives a fork"] = workers() == before and increment(5) == 6 and workers() == before
 
 Path(sys.argv[1], "answer").write_text(json.dumps(answer, default=bool))
-Path(sys.argv[1], "ready").write_text(str(os.getpid()))
+Path(sys.argv[1], "ready").write_text("yes")
 signal.pause()
 """
 
@@ -318,7 +325,7 @@ def started(script: str, folder: Path, *arguments: str) -> Iterator[subprocess.P
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},  # as TensorFlow is imported before dpfl
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_ENABLE_FORK_SUPPORT": "0"},  # dpfl comes too late
         )
         try:
             yield process
@@ -359,29 +366,32 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
     found = {}
     with started(ENDS, folder, *WAYS) as parent:
         try:
-            holds_in_time(lambda: parent.poll() is not None or all(read(folder / way / "ready") for way in WAYS))
-            pids = {way: int(read(folder / way / "ready") or 0) for way in WAYS}
-            assert all(pids.values()), [read(file) for file in (folder / "output", *folder.glob("*/output"))]
-            for way, pid in pids.items():
+            for way in WAYS:
+                ended = folder / way / "code"
+                holds_in_time(lambda way=way, ended=ended: read(folder / way / "ready") or read(ended) or parent.poll())
+                assert read(folder / way / "ready"), [read(folder / "output"), read(folder / way / "output")]
+                pid = int(read(folder / way / "pid"))
                 workers = workers_of(pid)
                 files = [Path(f"/proc/{worker.pid}/fd/{stream}") for worker in workers for stream in range(3)]
                 found[way] = End("", workers, {str(file.readlink()) for file in files}, [])
-            for way, pid in pids.items():
+                if way == "SIGINT ignored":
+                    os.kill(pid, signal.SIGINT)
+                (folder / way / "go").touch()
+                if "while computing" in way:
+                    holds_in_time(lambda way=way: read(folder / way / "computing"))
+                    time.sleep(0.5)
                 if way == "Ctrl-C while computing":
                     os.killpg(pid, signal.SIGINT)
-                elif way == "SIGINT ignored":
-                    os.kill(pid, signal.SIGINT)
                 elif WAYS[way] < 0:
                     os.kill(pid, -WAYS[way])
-                (folder / way / "go").touch()
             holds_in_time(lambda: all(read(folder / way / "code") for way in WAYS))
             for way, end in found.items():
                 if code := read(folder / way / "code"):
                     found[way] = end._replace(code=code, orphans=orphans(end.workers))
         finally:
             for way in WAYS:
-                if (pid := read(folder / way / "ready")) and not read(folder / way / "code"):
-                    os.kill(int(pid), signal.SIGKILL)
+                if (child := read(folder / way / "pid")) and not read(folder / way / "code"):
+                    os.kill(int(child), signal.SIGKILL)
             for end in found.values():
                 orphans(end.workers)
     return found
