@@ -197,7 +197,6 @@ def figure(measured: pd.DataFrame) -> Figure:
             losses = differences(rows, "loss")
             below.plot(losses["round"], losses["loss"].clip(lower=1e-9), marker=".", color=colour, linewidth=0.7)
         above.set_ylabel("test accuracy")
-        above.set_ylim(bottom=0)
         above.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         below.set_yscale("log")
         below.set_ylabel("losses apart (nats)")

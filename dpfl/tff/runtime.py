@@ -58,6 +58,9 @@ def _prepare() -> int:
     # prepared for forks as it is by default, crash many a fork at its end.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    if not {"no_grpc_proxy", "no_proxy", "NO_PROXY"} & set(os.environ):
+        # The worker is on this machine, which no proxy reaches.
+        os.environ["no_grpc_proxy"] = "localhost,127.0.0.1"  # noqa: SIM112
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")

@@ -170,6 +170,10 @@ def test_key_tells_models_apart_and_not_their_names() -> None:
             "BatchNormalization",
         ),
         (
+            lambda: tf.keras.Sequential([layers.Flatten(), layers.Dense(10, activity_regularizer="l2")]),
+            "activity regularizer",
+        ),
+        (
             lambda: tf.keras.Sequential(
                 [layers.Flatten(), layers.Lambda(lambda x: x + tf.random.normal(tf.shape(x))), layers.Dense(10)]
             ),
@@ -195,6 +199,18 @@ def test_only_plain_products_are_vectorised() -> None:
     assert FunctionalModel("mlp", SHAPE, CLASSES).vectorizes
     assert not FunctionalModel("cnn", SHAPE, CLASSES).vectorizes
     assert not FunctionalModel(_dropout, SHAPE, CLASSES).vectorizes
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [("relu", True), (tf.nn.relu, True), (lambda x: x - tf.reduce_mean(x, axis=0), False)],
+    ids=["name", "TensorFlow's", "one that mixes the batch"],
+)
+def test_only_known_activations_train_side_by_side(activation, expected):
+    def made():
+        return tf.keras.Sequential([layers.Flatten(), layers.Dense(4, activation), layers.Dense(10)])
+
+    assert FunctionalModel(made, SHAPE, CLASSES).vectorizes is expected
 
 
 def _held(layer: tf.keras.layers.Layer) -> list:

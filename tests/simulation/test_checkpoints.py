@@ -391,6 +391,9 @@ def test_folders_are_checked(experiment: dpfl.Experiment, tmp_path: Path, monkey
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/dpfl", "/proc"):
         with pytest.raises(dpfl.InputError, match="cannot take checkpoints"):
             experiment.run(3, progress=False, checkpoints=folder)
+    for folder in ("", 5):
+        with pytest.raises(dpfl.InputError, match="must be the path of a folder"):
+            experiment.run(3, progress=False, checkpoints=folder)
 
 
 def test_a_checkpoint_that_cannot_be_opened_is_refused(gaussian: Run, kept: Path) -> None:
