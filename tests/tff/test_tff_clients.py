@@ -457,7 +457,7 @@ def test_what_the_guarantee_does_not_cover_is_stopped(answer, name, words) -> No
         ("no index", "client="),
         ("text index", "client's index"),
         ("seed", "seed"),
-        ("aggregator", "DifferentiallyPrivateFactory"),
+        ("aggregator", "dpfl.tff.aggregator(plan)"),
         ("optimizer", "build_sgdm"),
     ],
 )
