@@ -44,6 +44,7 @@ _HOMES = {
     "Poisson": "dpfl.sampling",
     "PoissonBatches": "dpfl.clients.keras_door",
     "Privacy": "dpfl.privacy",
+    "RayCluster": "dpfl.simulation",
     "ServerOptimizer": "dpfl.simulation",
     "Study": "dpfl.study",
     "TreeAggregation": "dpfl.mechanisms",
@@ -77,7 +78,7 @@ if TYPE_CHECKING:
     )
     from dpfl.privacy import Guarantee, Privacy
     from dpfl.sampling import BallsInBins, CappedPoisson, Cyclic, CyclicPoisson, Everyone, FixedSize, Poisson
-    from dpfl.simulation import Experiment, ServerOptimizer
+    from dpfl.simulation import Experiment, RayCluster, ServerOptimizer
     from dpfl.study import Study
 
 __all__ = [
@@ -109,6 +110,7 @@ __all__ = [
     "Poisson",
     "PoissonBatches",
     "Privacy",
+    "RayCluster",
     "ServerOptimizer",
     "Study",
     "TreeAggregation",

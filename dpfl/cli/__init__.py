@@ -74,8 +74,8 @@ def tradeoff(
     data: Annotated[
         str,
         typer.Option(
-            help="digits, synthetic, mnist, fashion_mnist, cifar10, femnist, emnist, cifar100, or a .npz, .csv or "
-            ".parquet file."
+            help="digits, synthetic, mnist, fashion_mnist, cifar10, femnist, emnist, cifar100, a .npz, .csv or "
+            ".parquet file, or the folder of a saved dataset."
         ),
     ] = "digits",
     clients: Annotated[

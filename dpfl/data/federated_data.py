@@ -5,19 +5,23 @@ from __future__ import annotations
 import collections
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dpfl.data.alignment import aligned
+from dpfl.data.checks import Role, checked_examples
+from dpfl.data.mapped import MappedFile, mapped_file
 from dpfl.errors import InputError
 
 if TYPE_CHECKING:
     import tensorflow as tf
     import tensorflow_federated as tff
 
-_ARRAYS = ("x", "y", "offsets", "x_validation", "y_validation", "x_test", "y_test")
+ARRAYS = ("x", "y", "offsets", "x_validation", "y_validation", "x_test", "y_test")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,8 +30,12 @@ class FederatedData:
 
     Client k owns rows `offsets[k]:offsets[k + 1]`, so that 100,000 clients cost two arrays and not 100,000
     objects. The training examples are private; names, sizes of the held-out sets and `num_classes` are not
-    treated as private. The arrays are taken over without a copy where their type already fits, and made
-    read-only. Two datasets are equal in content if their `fingerprint` is.
+    treated as private. Two datasets are equal in content if their `fingerprint` is.
+
+    The arrays are made read-only. One is taken over without a copy where it is of the type below and begins at a
+    multiple of 64 bytes, so that tensors can share its memory: those of `np.load(..., mmap_mode="r")` do, most others
+    are copied once. Memory maps stay on disk: they are checked block by block, and the pickle of a dataset says where
+    the files are, so that processes on a machine share one copy in memory. `save` and `open` keep a dataset as files.
 
     Attributes:
         name: What charts and records call the dataset.
@@ -60,21 +68,31 @@ class FederatedData:
     client_ids: tuple[str, ...]
     class_names: tuple[str, ...]
     assumptions: tuple[str, ...] = ()
+    _files: dict[str, MappedFile] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._adopt()
+
+    def _adopt(self, *, known: bool = False) -> None:
+        """Converts and checks all fields.
+
+        Args:
+            known: whether the values of examples and labels were checked before, when they were saved.
+        """
+        files = {name: mapped_file(getattr(self, name)) for name in ARRAYS}
         if self.num_classes < 2:
             raise InputError(f"{self.name!r} has {self.num_classes} classes, but at least 2 are needed.")
-        for field in ("client_ids", "class_names", "assumptions"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for names in ("client_ids", "class_names", "assumptions"):
+            object.__setattr__(self, names, tuple(getattr(self, names)))
         if len(self.class_names) != self.num_classes:
             raise InputError(
                 f"{self.name!r} has {len(self.class_names)} class names for {self.num_classes} classes, "
                 "but needs one name per class."
             )
         self._set_offsets()
-        self._set_examples("x", "y", "training")
-        self._set_examples("x_validation", "y_validation", "validation")
-        self._set_examples("x_test", "y_test", "test")
+        self._set_examples("x", "y", "training", known)
+        self._set_examples("x_validation", "y_validation", "validation", known)
+        self._set_examples("x_test", "y_test", "test", known)
         if self.offsets[-1] != len(self.x):
             raise InputError(
                 f"offsets of {self.name!r} end at {self.offsets[-1]}, but there are {len(self.x)} training "
@@ -82,6 +100,9 @@ class FederatedData:
             )
         if not len(self.x_test):
             raise InputError(f"{self.name!r} has no test example, but at least 1 is needed for the accuracy.")
+        # Of those arrays that are still the memory maps that were given.
+        still = {name: file for name, file in files.items() if file and file.holds(getattr(self, name))}
+        object.__setattr__(self, "_files", still)
         self._lock()
 
     def _set_offsets(self) -> None:
@@ -98,64 +119,84 @@ class FederatedData:
                 f"{self.name!r} has {clients} clients and {len(set(self.client_ids))} different client_ids, "
                 "but needs one unique name per client."
             )
-        empty = np.flatnonzero(np.diff(offsets.astype(np.int64)) < 1)
+        offsets = aligned(offsets, np.int64)
+        empty = np.flatnonzero(np.diff(offsets) < 1)
         if len(empty):
             raise InputError(f"client {self.client_ids[empty[0]]!r} of {self.name!r} has no training example: drop it.")
-        object.__setattr__(self, "offsets", np.ascontiguousarray(offsets, dtype=np.int64))
+        object.__setattr__(self, "offsets", offsets)
 
-    def _set_examples(self, x_field: str, y_field: str, role: str) -> None:
-        """Converts and checks one pair of features and labels."""
-        labels = np.asarray(getattr(self, y_field))
-        try:
-            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is named below
-                x = np.ascontiguousarray(getattr(self, x_field), dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{role} features of {self.name!r} are not all numbers: {error}.") from None
-        if not x.size and role != "training":
-            x = np.empty((0, *self.example_shape), np.float32)
-        if x.ndim < 2 or (x.size == 0 and role == "training"):
-            raise InputError(
-                f"{role} features of {self.name!r} have shape {x.shape}, but (examples, *feature shape) "
-                "with at least one example and one feature axis is needed."
-            )
-        if role != "training" and x.shape[1:] != self.example_shape:
-            raise InputError(
-                f"{role} examples of {self.name!r} have shape {x.shape[1:]}, but training examples have "
-                f"{self.example_shape}: they must agree."
-            )
-        if labels.shape != (len(x),):
-            raise InputError(
-                f"{role} labels of {self.name!r} have shape {labels.shape}, but ({len(x)},) is needed: "
-                "one class per example."
-            )
-        if len(labels) and labels.dtype.kind not in "iu":
-            raise InputError(
-                f"{role} labels of {self.name!r} have type {labels.dtype}, but integers from 0 to "
-                f"{self.num_classes - 1} are needed."
-            )
-        wrong = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
-        if len(wrong):
-            raise InputError(
-                f"{role} label {labels[wrong[0]]} at row {wrong[0]} of {self.name!r} is not a class: labels "
-                f"must be integers from 0 to {self.num_classes - 1}."
-            )
-        finite = np.isfinite(x)
-        if not finite.all():
-            row, *feature = np.argwhere(~finite)[0].tolist()
-            raise InputError(
-                f"{role} example {row} of {self.name!r} has the value {x[(row, *feature)]} at feature "
-                f"{', '.join(map(str, feature))}: every feature must be finite, so fill or drop it."
-            )
+    def _set_examples(self, x_field: str, y_field: str, role: Role, known: bool) -> None:
+        """Converts and checks one pair of features and labels, whose values may be known to be valid."""
+        x, y = checked_examples(
+            getattr(self, x_field),
+            getattr(self, y_field),
+            num_classes=self.num_classes,
+            role=role,
+            owner=repr(self.name),
+            shape=None if role == "training" else self.example_shape,
+            known=known,
+        )
         object.__setattr__(self, x_field, x)
-        object.__setattr__(self, y_field, np.ascontiguousarray(labels, dtype=np.int32))
+        object.__setattr__(self, y_field, y)
 
     def _lock(self) -> None:
-        for field in _ARRAYS:
-            getattr(self, field).flags.writeable = False
+        for name in ARRAYS:
+            getattr(self, name).flags.writeable = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | self._files  # instead of their contents
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in ARRAYS:
+            value = state[name]
+            array = value.open() if isinstance(value, MappedFile) else aligned(value, value.dtype)
+            array.flags.writeable = False  # pickle does not keep the flag
+            state[name] = array
         self.__dict__.update(state)
-        self._lock()  # pickle does not keep the flag
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the dataset to a new folder: seven .npy files and dataset.json, from which `open` maps it.
+
+        The folder appears when it is whole. Keep its times when you copy it (`cp -a`, `rsync -a`): then `open` need
+        not read it. It holds the training examples, which are private.
+
+        Args:
+            folder: where nothing is yet, or an empty folder.
+
+        Raises:
+            InputError: Something is there already, or the folder cannot be written.
+        """
+        from dpfl.data.stored import save
+
+        save(self, folder)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> FederatedData:
+        """Maps a dataset that `save` or `dpfl.data.write_clients` wrote into memory, without reading its examples.
+
+        The data may be larger than memory. A file is taken to be as it was saved if its size and the time of its last
+        change are; if a time is another, as in most copies, all is read once and must have the fingerprint that was
+        saved. What this cannot see: a change that sets the time back, and one that is made later on. Leave the folder
+        alone while it is in use.
+
+        Raises:
+            InputError: There is no such folder, a file in it is missing, damaged or was changed since it was saved.
+        """
+        from dpfl.data.stored import open_saved
+
+        return open_saved(folder)
+
+    @classmethod
+    def of_known_values(cls, **fields: Any) -> FederatedData:
+        """The dataset of fields whose values were checked before; types, shapes and names are checked again.
+
+        Args:
+            fields: All fields, and the `fingerprint` if it is known.
+        """
+        data = cls.__new__(cls)
+        data.__dict__.update(fields)
+        data._adopt(known=True)
+        return data
 
     @classmethod
     def from_tff(
@@ -268,9 +309,9 @@ class FederatedData:
     def fingerprint(self) -> str:
         """Hex SHA-256 of the content: all arrays and `num_classes`, and no names."""
         digest = hashlib.sha256(str(self.num_classes).encode())
-        for field in _ARRAYS:
-            array: np.ndarray = getattr(self, field)
-            digest.update(f"{field}{array.dtype.str}{array.shape}".encode())
+        for name in ARRAYS:
+            array: np.ndarray = getattr(self, name)
+            digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
             digest.update(array.data if array.size else b"")
         return digest.hexdigest()
 

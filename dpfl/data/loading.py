@@ -37,10 +37,11 @@ def load(
     seed: int = 0,
     **options: Any,
 ) -> FederatedData:
-    """Loads a dataset by name ("digits", "synthetic", "mnist", ...) or from a file.
+    """Loads a dataset by name ("digits", "synthetic", "mnist", ...), from a file, or from the folder of a saved one.
 
     Args:
-        source: A name in `SOURCES`, or the path of a file as in `from_file`.
+        source: A name in `SOURCES`, the path of a file as in `from_file`, or that of a folder as in
+            `FederatedData.open`, which takes no options and in which nothing is random.
         clients: Number of clients where clients are simulated, or to read where a dataset has more of its own.
         partition: How examples are dealt to them.
         client: Column of the client, for files.
@@ -58,10 +59,15 @@ def load(
     options |= {"client": client, "label": label, "features": features}
     given = {option: value for option, value in options.items() if value is not None} | {"seed": seed}
     loader = SOURCES.get(str(source))
+    if loader is None and Path(source).expanduser().is_dir():
+        given.pop("seed")
+        if given:
+            raise InputError(f"{str(source)!r} is a dataset in a folder, which takes no option {next(iter(given))!r}.")
+        return FederatedData.open(source)
     if loader is None:
         if not str(source).lower().endswith(SUFFIXES):
             raise InputError(
-                f"there is no dataset {str(source)!r}, nor is it a file that ends in one of "
+                f"there is no dataset {str(source)!r}, nor is it a folder, nor a file that ends in one of "
                 f"{', '.join(SUFFIXES)}: {instead(source, SOURCES)}"
             )
         loader = partial(from_file, source)

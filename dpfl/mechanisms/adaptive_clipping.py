@@ -45,6 +45,12 @@ class AdaptiveClipping(BaseMechanism):
     clip_learning_rate: float = pydantic.Field(default=0.2, ge=0, allow_inf_nan=False)
     count_noise: float = pydantic.Field(default=0.05, gt=0, allow_inf_nan=False)
 
+    @property
+    @override
+    def works_side_by_side(self) -> bool:
+        """Each run has a clip norm of its own."""
+        return True
+
     @override
     def event(
         self, noise: float, sampler: BaseSampler, population: int, rounds: int, dimension: int | None

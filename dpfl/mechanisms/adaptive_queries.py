@@ -9,12 +9,12 @@ import dp_accounting
 import tensorflow as tf
 
 from dpfl.limits import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
-from dpfl.mechanisms.queries import SumQuery, clip_to_norm, global_norm
+from dpfl.mechanisms.queries import ClippingSumQuery
 from dpfl.noise import normal_like, round_seed
 from dpfl.randomness import Purpose, stateless_seed
 
 
-class AdaptiveClippingSumQuery(SumQuery):
+class AdaptiveClippingSumQuery(ClippingSumQuery):
     """A sum of clipped records plus Gaussian noise, and a noisy count that moves the clip norm.
 
     See `dpfl.AdaptiveClipping`.
@@ -72,33 +72,24 @@ class AdaptiveClippingSumQuery(SumQuery):
             ]
         )
 
-    def derive_sample_params(self, global_state: GlobalState) -> tf.Tensor:
-        """The present clip norm."""
-        return global_state.clip_norm
-
-    def clip_norm(self, params: tf.Tensor) -> tf.Tensor:
-        """The present clip norm."""
-        return params
-
     def initial_sample_state(self, template: Any = None) -> SampleState:
         """A sum of zero in the template's structure, and a count of zero."""
         return self.SampleState(super().initial_sample_state(template), tf.constant(0.0))
 
-    def preprocess_record(self, params: tf.Tensor, record: Any) -> SampleState:
-        """Clips a record, and says whether it was within the clip norm: 1/2 if so, -1/2 if not.
+    def sent(self, params: tf.Tensor, clipped: Any, norms: tf.Tensor) -> SampleState:
+        """The clipped record, and whether it was within the clip norm: 1/2 if so, -1/2 if not.
 
         Where the norm is not finite both are zero, as if the client had not come. One client changes the
         count by at most 1/2.
 
         Args:
             params: the clip norm.
-            record: a structure of float tensors. Private, before and after clipping, and so is the count.
+            clipped: one clipped record, or the sum of several. Private, and so is the count.
+            norms: its norm before clipping, or theirs.
         """
-        norm = global_norm(record)
-        within = tf.where(norm <= params, 0.5, -0.5)
-        return self.SampleState(
-            clip_to_norm(record, norm, params), tf.where(tf.math.is_finite(norm), within, tf.zeros_like(norm))
-        )
+        within = tf.where(norms <= params, 0.5, -0.5)
+        counts = tf.where(tf.math.is_finite(norms), within, tf.zeros_like(norms))
+        return self.SampleState(clipped, tf.reduce_sum(counts))
 
     def get_noised_result(
         self, sample_state: SampleState, global_state: GlobalState

@@ -62,6 +62,11 @@ class BaseMechanism(Config):
     needs_dimension: ClassVar[bool] = False
     weighting: ClassVar[Literal["equal"]] = "equal"
 
+    @property
+    def works_side_by_side(self) -> bool:
+        """Whether runs under several settings of this mechanism can share one graph; see `together_key`."""
+        return False
+
     @pydantic.model_validator(mode="after")
     def _check_numbers(self) -> BaseMechanism:
         if not SMALLEST_CLIP_NORM <= self.clip_norm <= LARGEST_CLIP_NORM:

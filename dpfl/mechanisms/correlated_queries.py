@@ -13,34 +13,17 @@ import numpy as np
 import tensorflow as tf
 
 from dpfl.errors import InputError
-from dpfl.mechanisms.queries import SumQuery, clip_to_norm, global_norm
+from dpfl.mechanisms.queries import ClippingSumQuery
 from dpfl.noise import normal_like, round_seed
 from dpfl.randomness import Purpose, stateless_seed
 
 
-class _CorrelatedSumQuery(SumQuery):
+class _CorrelatedSumQuery(ClippingSumQuery):
     """A sum of records clipped in L2 norm plus noise that depends on earlier rounds' noise.
 
     The global state has at least the field `clip_norm`. The memory of past noise in it is as private as
     the updates: whoever has it can take the noise off.
     """
-
-    def derive_sample_params(self, global_state: Any) -> tf.Tensor:
-        """The clip norm."""
-        return global_state.clip_norm
-
-    def clip_norm(self, params: tf.Tensor) -> tf.Tensor:
-        """The clip norm."""
-        return params
-
-    def preprocess_record(self, params: tf.Tensor, record: Any) -> Any:
-        """Scales a record down to the clip norm, or to zero where its norm is not finite.
-
-        Args:
-            params: the clip norm.
-            record: a structure of float tensors. Private, before and after clipping.
-        """
-        return clip_to_norm(record, global_norm(record), params)
 
 
 class TreeSumQuery(_CorrelatedSumQuery):

@@ -34,6 +34,12 @@ class Gaussian(BaseMechanism):
     name: Literal["gaussian"] = "gaussian"
     clipping: Literal["flat", "per_layer", "per_layer_by_size"] = "flat"
 
+    @property
+    @override
+    def works_side_by_side(self) -> bool:
+        """Where all tensors are clipped together."""
+        return self.clipping == "flat"
+
     @override
     def event(
         self, noise: float, sampler: BaseSampler, population: int, rounds: int, dimension: int | None

@@ -53,6 +53,11 @@ class NoMechanism(Config):
         """Whatever was done, nothing is guaranteed."""
         return dp_accounting.NonPrivateDpEvent()
 
+    @property
+    def works_side_by_side(self) -> bool:
+        """Where clients count alike."""
+        return self.weighting == "equal"
+
     def mean_query(self, plan: Plan, seed: int, template: Any) -> MeanQuery | WeightedMeanQuery:
         """The query that averages updates as they are; see `Plan.query`."""
         from dpfl.mechanisms.queries import GaussianSumQuery, MeanQuery

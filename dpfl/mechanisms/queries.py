@@ -26,18 +26,28 @@ def global_norm(record: Any) -> tf.Tensor:
     return tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(part)) for part in tf.nest.flatten(record)]))
 
 
-def clip_to_norm(record: Any, norm: tf.Tensor, clip_norm: tf.Tensor) -> Any:
-    """Scales a record down to a norm, or to zero where its norm is not finite in float32.
+def clip_scale(norm: tf.Tensor, clip_norm: tf.Tensor) -> tf.Tensor:
+    """By what records are multiplied to be clipped; zero where a norm is not finite in float32.
 
     So one diverged client does not make the sum NaN, and the sensitivity holds for every record.
+
+    Args:
+        norm: the records' norms, float32 of any shape.
+        clip_norm: the largest norm that they may keep, which broadcasts; infinity clips nothing.
+    """
+    scale = tf.where(norm > clip_norm, clip_norm / norm, 1.0)
+    return tf.where(tf.math.is_finite(norm), scale, 0.0)
+
+
+def clip_to_norm(record: Any, norm: tf.Tensor, clip_norm: tf.Tensor) -> Any:
+    """Scales a record down to a norm, or to zero where its norm is not finite in float32.
 
     Args:
         record: a structure of float tensors. Private, before and after clipping.
         norm: its norm, a scalar.
         clip_norm: the largest norm that it may keep; infinity clips nothing.
     """
-    scale = tf.where(norm > clip_norm, clip_norm / norm, 1.0)
-    scale = tf.where(tf.math.is_finite(norm), scale, 0.0)
+    scale = clip_scale(norm, clip_norm)
     # Zero times NaN is zero here, and cheaper than choosing between two tensors.
     return tf.nest.map_structure(lambda part: tf.math.multiply_no_nan(part, scale), record)
 
@@ -48,6 +58,14 @@ class SumQuery(SumAggregationDPQuery):
     `tensorflow_privacy`'s own queries draw stateful noise, which neither a second engine nor a
     resumed run can repeat; these keep the seed and the round in their global state.
     """
+
+    @property
+    def only_clips(self) -> bool:
+        """Whether clients' records do no more than enter the sum, each scaled by `clip_scale` of its norm.
+
+        A cohort's records can then be clipped and summed in one matrix product; see `ClippingSumQuery.sent`.
+        """
+        return False
 
     def client_params(self, params: Any, client: tf.Tensor) -> Any:
         """The sample params as one client uses them.
@@ -63,6 +81,43 @@ class SumQuery(SumAggregationDPQuery):
         raise NotImplementedError
 
 
+class ClippingSumQuery(SumQuery):
+    """A sum of records clipped in L2 norm; the sample params are the clip norm, a field of the global state."""
+
+    @property
+    def only_clips(self) -> bool:
+        """See `SumQuery`."""
+        return True
+
+    def derive_sample_params(self, global_state: Any) -> tf.Tensor:
+        """The clip norm."""
+        return global_state.clip_norm
+
+    def clip_norm(self, params: tf.Tensor) -> tf.Tensor:
+        """The clip norm."""
+        return params
+
+    def preprocess_record(self, params: tf.Tensor, record: Any) -> Any:
+        """Scales a record down to the clip norm, or to zero where its norm is not finite.
+
+        Args:
+            params: the clip norm.
+            record: a structure of float tensors. Private, before and after clipping.
+        """
+        norm = global_norm(record)
+        return self.sent(params, clip_to_norm(record, norm, params), norm)
+
+    def sent(self, params: tf.Tensor, clipped: Any, norms: tf.Tensor) -> Any:
+        """What clients send: their clipped records and whatever else the query asks for. Private.
+
+        Args:
+            params: the clip norm.
+            clipped: one clipped record, or the sum of several.
+            norms: its norm before clipping, or theirs.
+        """
+        return clipped
+
+
 class MeanQuery(NormalizedQuery):
     """A noisy sum divided by the expected cohort.
 
@@ -74,6 +129,15 @@ class MeanQuery(NormalizedQuery):
     def __init__(self, numerator: SumQuery, denominator: float) -> None:
         super().__init__(numerator, denominator)
         self._sum = numerator
+
+    @property
+    def only_clips(self) -> bool:
+        """See `SumQuery.only_clips`."""
+        return self._sum.only_clips
+
+    def sent(self, params: tf.Tensor, clipped: Any, norms: tf.Tensor) -> Any:
+        """See `ClippingSumQuery.sent`; only of queries that only clip."""
+        return self._sum.sent(params, clipped, norms)
 
     def client_params(self, params: Any, client: tf.Tensor, examples: tf.Tensor | None = None) -> Any:
         """See `SumQuery.client_params`.
@@ -87,7 +151,7 @@ class MeanQuery(NormalizedQuery):
         return self._sum.clip_norm(params)
 
 
-class GaussianSumQuery(SumQuery):
+class GaussianSumQuery(ClippingSumQuery):
     """Sum of records clipped in L2 norm plus independent Gaussian noise in every round.
 
     Args:
@@ -114,13 +178,10 @@ class GaussianSumQuery(SumQuery):
             tf.constant(0, tf.int32),
         )
 
-    def derive_sample_params(self, global_state: GlobalState) -> tf.Tensor:
-        """The clip norm."""
-        return global_state.clip_norm
-
-    def clip_norm(self, params: tf.Tensor) -> tf.Tensor:
-        """The clip norm."""
-        return params
+    @property
+    def only_clips(self) -> bool:
+        """Whether all tensors are clipped together."""
+        return self._clipping == "flat"
 
     def preprocess_record(self, params: tf.Tensor, record: Any) -> Any:
         """Scales a record down to the clip norm, or to zero where its norm is not finite.
@@ -129,9 +190,9 @@ class GaussianSumQuery(SumQuery):
             params: the clip norm.
             record: a structure of float tensors. Private, before and after clipping.
         """
+        if self.only_clips:
+            return super().preprocess_record(params, record)
         norm = global_norm(record)
-        if self._clipping == "flat":
-            return clip_to_norm(record, norm, params)
         parts = tf.nest.flatten(record)
         sizes = [tf.cast(tf.size(part), tf.float32) if "size" in self._clipping else tf.constant(1.0) for part in parts]
         share = params / tf.sqrt(tf.add_n(sizes))

@@ -31,6 +31,7 @@ class WeightedMeanQuery(SumAggregationDPQuery):
     """
 
     SampleState = collections.namedtuple("SampleState", ["total", "weight"])
+    only_clips = False  # See `SumQuery.only_clips`.
 
     def initial_global_state(self) -> tuple[()]:
         """Nothing: the rounds are alike."""

@@ -20,6 +20,7 @@ from keras.src.backend import _SEED_GENERATOR
 
 from dpfl.errors import InputError
 from dpfl.models.named import NAMED, check_named
+from dpfl.models.recurrent import run_faster
 from dpfl.randomness import Purpose, generator
 
 ModelBuilder = Callable[[], tf.keras.Model]
@@ -42,6 +43,8 @@ class FunctionalModel:
         parameters: number of trainable parameters.
         vectorizes: whether clients may be trained side by side by `tf.vectorized_map`: all layers
             are plain matrix products and element-wise functions.
+        first_kernel: index among `shapes` of the kernel by which examples are multiplied before anything else happens
+            to them, that of a first dense layer; None where there is no such layer.
         key: a short text that two models share only if they compute the same from the same seed.
 
     Raises:
@@ -85,6 +88,7 @@ class FunctionalModel:
         ]
         self.parameters = sum(int(np.prod(shape)) for shape in self.shapes)
         self.vectorizes = _only_products(template)
+        self.first_kernel = self._first_kernel(template, created)
         self._frozen = [
             value for value, trains in zip(self._created_values(seed=0), self._is_trainable, strict=True) if not trains
         ]
@@ -124,6 +128,7 @@ class FunctionalModel:
         y: tf.Tensor,
         *,
         training_seed: tf.Tensor | None = None,
+        first_products: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Evaluates the model. Only inside a `tf.function`.
 
@@ -132,16 +137,29 @@ class FunctionalModel:
             x: examples, (batch, *example_shape).
             y: labels, (batch,), int32.
             training_seed: int32 of shape (2,), the seed of random layers; None evaluates without them.
+            first_products: the examples times the first kernel, (batch, units), of a model that has a
+                `first_kernel`; that kernel and the values of `x` are then not looked at. None multiplies.
 
         Returns:
             Cross-entropy per example (batch,), in nats; logits (batch, classes); the sum of the
             model's regularisation losses, a scalar.
         """
         model = self.bind(weights, training_seed)
+        for layer in _layers(model):
+            run_faster(layer)
+        if first_products is not None:
+            _give_products(_first_dense(model), first_products)
         logits = model(x, training=training_seed is not None)
         losses = cross_entropies(logits, y)
         penalty = tf.add_n([tf.cast(loss, tf.float32) for loss in model.losses] or [tf.constant(0.0)])
         return losses, logits, penalty
+
+    def _first_kernel(self, template: tf.keras.Model, created: Sequence[tf.Variable]) -> int | None:
+        dense = _first_dense(template)
+        if dense is None:
+            return None
+        variables = [variable for variable, trains in zip(created, self._is_trainable, strict=True) if trains]
+        return next((index for index, variable in enumerate(variables) if variable is dense.kernel), None)
 
     def _make_builder(self, model: Any, num_classes: int) -> ModelBuilder:
         if isinstance(model, str):
@@ -342,6 +360,34 @@ def _layers(model: tf.keras.Model) -> list[tf.keras.layers.Layer]:
         for layer in model._flatten_layers(include_self=False)
         if not isinstance(layer, tf.keras.Model | tf.keras.layers.InputLayer)
     ]
+
+
+def _first_dense(model: tf.keras.Model) -> tf.keras.layers.Dense | None:
+    """The dense layer that sees the examples as they are, flattened at most, if the model begins with one.
+
+    Its kernel has no penalty, which would have to see the kernel itself.
+    """
+    if type(model) is not tf.keras.Sequential:  # A subclass may call its layers otherwise.
+        return None
+    flattened = False
+    for layer in model.layers:
+        if type(layer) is tf.keras.layers.Flatten:
+            flattened = True
+        elif type(layer) is tf.keras.layers.Dense and layer.kernel_regularizer is None:
+            return layer if flattened or len(model.input_shape) == 2 else None
+        else:
+            return None
+    return None
+
+
+def _give_products(layer: tf.keras.layers.Dense, products: tf.Tensor) -> None:
+    """Lets a dense layer take its products with the inputs as given."""
+
+    def call(inputs: tf.Tensor) -> tf.Tensor:
+        outputs = products if layer.bias is None else products + layer.bias
+        return outputs if layer.activation is None else layer.activation(outputs)
+
+    layer.call = call
 
 
 def _only_products(model: tf.keras.Model) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,12 @@ def cnn(example_shape: Sequence[int], num_classes: int) -> tf.keras.Model:
 
 
 NAMED = {"softmax": softmax, "mlp": mlp, "cnn": cnn}
+
+
+def dense_parameters(name: str, example_shape: Sequence[int], num_classes: int) -> int | None:
+    """The number of weights of a named model made of dense layers alone; None of any other (needs no TensorFlow)."""
+    features = math.prod(example_shape)
+    return {"softmax": (features + 1) * num_classes, "mlp": (features + 1) * 100 + 101 * num_classes}.get(name)
 
 
 def check_named(name: str, example_shape: Sequence[int]) -> None:

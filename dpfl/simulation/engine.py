@@ -1,94 +1,40 @@
 """The in-graph engine: rounds of federated averaging inside one `tf.function`.
 
-The cohort is a loop in the graph: local training -> update -> clip -> sum. Memory is that of a chunk
-of clients, never of the cohort. Everything that configurations of a study differ in (clip, noise,
-rates, steps, seeds) is a tensor, so they share one compiled graph.
+The cohort is a loop in the graph over chunks of clients: local training -> update -> clip -> sum. Memory is that of a
+chunk of clients, never of the cohort. Everything that configurations of a study differ in (clip, noise, rates, steps,
+seeds) is a tensor, so they share one compiled graph, and can go through it side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from dpfl.clients import ClientTraining, optimizers
-from dpfl.clients.dp_sgd import ClientNumbers, ClientSeeds, client_numbers, client_seeds, run_seeds, train_privately
+from dpfl.clients import ClientTraining
+from dpfl.clients.dp_sgd import client_numbers, run_seeds
 from dpfl.clients.example_privacy import ClientPlan
-from dpfl.clients.optimizers import OptimizerNumbers, optimizer_numbers
-from dpfl.clients.schedule import examples_seen, minibatches
+from dpfl.clients.optimizers import optimizer_numbers
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Plan
-from dpfl.mechanisms.queries import MeanQuery, global_norm
-from dpfl.mechanisms.weighted_queries import WeightedMeanQuery
 from dpfl.models.functional import FunctionalModel
 from dpfl.randomness import Purpose, stateless_seed
+from dpfl.simulation.clients import Examples, OneByOne, Query, SideBySide, Training
+from dpfl.simulation.data_tensors import resident_tensor
 from dpfl.simulation.rounds import arrays_of, structure_of
 from dpfl.simulation.server import ServerOptimizer
+from dpfl.simulation.span import Span
+from dpfl.simulation.state import Measurements, PrivateSettings, Settings, State, for_each, stacked, unstacked
 
-# Side by side, a chunk of clients becomes batched matrix products: faster while the cost of an
-# operation is its dispatch, slower once the weights of a chunk no longer fit the cache.
-_VECTORIZED_PARAMETERS = 20_000
-_VECTORIZED_CLIENTS = 128
+if TYPE_CHECKING:
+    from dpfl.simulation.experiment import Experiment
+
+# The most numbers that a client may have of its own to be trained beside others: see experiments/benchmarks/README.md.
+_SIDE_BY_SIDE = 20_000
+_SIDE_BY_SIDE_IN_SPAN = 500_000
 _EVALUATION_BATCH = 1_000
-
-
-class State(NamedTuple):
-    """Everything that a round changes.
-
-    Attributes:
-        weights: the model's trainable weights; released after each round.
-        server: the server optimizer's moments.
-        query: the mechanism's state, with the seed and the round of its noise.
-        round: rounds done, int32.
-    """
-
-    weights: tuple[tf.Tensor, ...]
-    server: tuple[Any, ...]
-    query: Any
-    round: tf.Tensor
-
-
-class PrivateSettings(NamedTuple):
-    """What clients that train by DP-SGD need: numbers, and the run's seeds of sampling, noise and random layers."""
-
-    numbers: ClientNumbers
-    seeds: ClientSeeds
-
-
-class Settings(NamedTuple):
-    """What differs between configurations that share a compiled graph; all are scalars or seeds.
-
-    Clients that train by DP-SGD look at `private` alone; where there are none it is empty.
-    """
-
-    steps: tf.Tensor
-    epochs: tf.Tensor
-    optimizer: OptimizerNumbers
-    server: tuple[tf.Tensor, ...]
-    shuffling_seed: tf.Tensor
-    model_seed: tf.Tensor
-    private: PrivateSettings | tuple[()]
-
-
-class Measurements(NamedTuple):
-    """What a simulation sees of a round and nobody may release: not covered by any guarantee.
-
-    Attributes:
-        update_norm: mean L2 norm of the updates before clipping.
-        clipped_fraction: fraction of the cohort whose update was clipped.
-        non_finite_updates: clients whose update was NaN or infinite, and counted as zero.
-        clip_norm: the norm to which updates were clipped.
-        example_clipped_fraction: mean over clients and local steps of the fraction of a minibatch's examples whose
-            gradient was longer than their clip norm; only of clients that train by DP-SGD.
-    """
-
-    update_norm: tf.Tensor
-    clipped_fraction: tf.Tensor
-    non_finite_updates: tf.Tensor
-    clip_norm: tf.Tensor
-    example_clipped_fraction: tf.Tensor
 
 
 class Engine:
@@ -100,6 +46,8 @@ class Engine:
         local: what clients do; only its structure (`ClientTraining.structure`) is compiled in.
         server: the server's optimizer; only its kind is compiled in.
         query: a query of the mechanism's kind; its numbers come with the state.
+        together: whether several configurations go through the graph side by side; states and settings are then
+            `stacked` ones. Only where `together_key` is not None.
     """
 
     def __init__(
@@ -108,23 +56,42 @@ class Engine:
         model: FunctionalModel,
         local: ClientTraining,
         server: ServerOptimizer,
-        query: MeanQuery | WeightedMeanQuery,
+        query: Query,
+        together: bool = False,
     ) -> None:
         self._model = model
         self._local = local
         self._server = server
         self._query = query
-        self._x, self._y = tf.constant(data.x), tf.constant(data.y)
-        self._starts = tf.constant(data.offsets[:-1], tf.int32)
-        self._sizes = tf.constant(data.client_sizes, tf.int32)
+        self._together = together
         self._held_out = {
-            "validation": (tf.constant(data.x_validation), tf.constant(data.y_validation)),
-            "test": (tf.constant(data.x_test), tf.constant(data.y_test)),
+            "validation": (resident_tensor(data.x_validation), resident_tensor(data.y_validation)),
+            "test": (resident_tensor(data.x_test), resident_tensor(data.y_test)),
         }
-        tiny = model.vectorizes and model.parameters <= _VECTORIZED_PARAMETERS
-        self._vectorizes = tiny and not local.is_private
-        self._compiled_rounds: Any = None
-        self._compiled_evaluation: Any = None
+        self._training = self._way_of_training(data)
+        self._graphs: dict[str, Any] = {}
+
+    def _way_of_training(self, data: FederatedData) -> Training:
+        """How clients train: from what the model, the examples and the optimizer are, so that it is always the same."""
+        model, local, query = self._model, self._local, self._query
+        examples = Examples(
+            resident_tensor(data.x),
+            resident_tensor(data.y),
+            tf.constant(data.offsets[:-1], tf.int32),
+            tf.constant(data.client_sizes, tf.int32),
+        )
+        largest, own, span = int(data.client_sizes.max()), model.parameters, None
+        # Adam's step is not linear in the gradients and leaves the span.
+        stays_in_span = query.only_clips and local.optimizer != "adam"
+        if model.first_kernel is not None and stays_in_span and model.vectorizes and not local.is_private:
+            features, units = model.shapes[model.first_kernel]
+            rest = model.parameters - features * units
+            if Span.pays(largest, features) and rest <= _SIDE_BY_SIDE_IN_SPAN:
+                span = Span(examples.x, examples.starts, examples.sizes, largest, units, keeps_gram=True)
+                own = rest
+        if span is None and (local.is_private or not model.vectorizes or own > _SIDE_BY_SIDE) and not self._together:
+            return OneByOne(examples, model, local, query)
+        return SideBySide(examples, model, local, query, together=self._together, span=span)
 
     def initial_state(self, plan: Plan, server: ServerOptimizer, seed: int) -> State:
         """The state before the first round."""
@@ -172,43 +139,78 @@ class Engine:
             settings: the configuration's numbers.
 
         Returns:
-            The state after the last round, and the measurements by name, arrays of one value a round.
+            The state after the last round, and the measurements by name: arrays of one value a round, of configurations
+            side by side (rounds, configurations).
         """
         ends = np.cumsum([len(cohort) for cohort in cohorts], dtype=np.int32)
         clients = np.concatenate(cohorts).astype(np.int32)
-        arguments = (state, tf.constant(clients), tf.constant(ends), settings)
-        if self._compiled_rounds is None:
-            self._compiled_rounds = _compile(self._rounds, *arguments)
-        state, measured = self._compiled_rounds(*arguments)
+        state, measured = self._compiled(self._rounds, 2)(state, settings, tf.constant(clients), tf.constant(ends))
+        return state, self._by_name(measured)
+
+    def partial_sum(self, state: State, clients: np.ndarray, settings: Settings) -> list[np.ndarray]:
+        """What some clients of a round send, summed, and the sums of their measurements: private, both.
+
+        Args:
+            state: before the round.
+            clients: their indices.
+            settings: the configuration's numbers.
+
+        Returns:
+            Arrays that `finish` takes.
+        """
+        return arrays_of(self._compiled(self._partial_sum, 1)(state, settings, tf.constant(clients, tf.int32)))
+
+    def finish(
+        self, state: State, sums: Sequence[Sequence[np.ndarray]], cohort: int, settings: Settings
+    ) -> tuple[State, dict[str, np.ndarray]]:
+        """Ends a round whose clients were summed in parts: noise, mean, server step.
+
+        Args:
+            state: before the round.
+            sums: what `partial_sum` gave for each part; at least one.
+            cohort: how many clients there are in all parts.
+            settings: the configuration's numbers.
+
+        Returns:
+            As `run_rounds` of one cohort.
+        """
+        nothing = self._compiled(self._partial_sum, 1)(state, settings, tf.zeros(0, tf.int32))
+        total, measured = structure_of([np.sum(parts, axis=0) for parts in zip(*sums, strict=True)], nothing)
+        # Every part has the clip norm among its measurements, which is no sum.
+        measured = measured._replace(clip_norm=nothing[1].clip_norm)
+        arguments = (state, settings, total, measured, tf.constant(cohort, tf.int32))
+        state, measured = self._compiled(self._finish, 0)(*arguments)
+        return state, self._by_name(tf.nest.map_structure(lambda value: value[None], measured))
+
+    def evaluate(self, state: State, split: str) -> tuple[Any, Any]:
+        """Accuracy (a fraction) and mean cross-entropy (nats) on "validation" or "test"; NaN where it is empty.
+
+        Neither is covered by the guarantee. Of configurations side by side, both are arrays (configurations,).
+        """
+        x, y = self._held_out[split]
+        correct, loss = (total.numpy() for total in self._compiled(self._evaluate, 2)(state.weights, x, y))
+        examples = len(y) or np.nan
+        return correct / examples, loss / examples
+
+    def _by_name(self, measured: Measurements) -> dict[str, np.ndarray]:
         values = {name: array.numpy() for name, array in measured._asdict().items()}
         if not self._local.is_private:
             del values["example_clipped_fraction"]
-        return state, values
-
-    def evaluate(self, state: State, split: str) -> tuple[float, float]:
-        """Accuracy (a fraction) and mean cross-entropy (nats) on "validation" or "test".
-
-        Both are NaN on an empty split. Neither is covered by the guarantee.
-        """
-        x, y = self._held_out[split]
-        if not len(y):
-            return float("nan"), float("nan")
-        if self._compiled_evaluation is None:
-            self._compiled_evaluation = _compile(self._evaluate, state.weights, x, y)
-        correct, loss = self._compiled_evaluation(state.weights, x, y)
-        return float(correct) / len(y), float(loss) / len(y)
+        return values
 
     # From here on everything runs in graph.
 
     def _rounds(
-        self, state: State, clients: tf.Tensor, ends: tf.Tensor, settings: Settings
+        self, state: State, settings: Settings, clients: tf.Tensor, ends: tf.Tensor
     ) -> tuple[State, Measurements]:
         count = tf.shape(ends)[0]
         starts = tf.concat([[0], ends[:-1]], axis=0)
         arrays = Measurements(*(tf.TensorArray(tf.float32, size=count) for _ in Measurements._fields))
 
         def body(index: tf.Tensor, state: State, arrays: Measurements) -> tuple[tf.Tensor, State, Measurements]:
-            state, measured = self._round(state, clients[starts[index] : ends[index]], settings)
+            cohort = clients[starts[index] : ends[index]]
+            total, measured = self._partial_sum(state, settings, cohort)
+            state, measured = self._finish(state, settings, total, measured, tf.shape(cohort)[0])
             written = (array.write(index, value) for array, value in zip(arrays, measured, strict=True))
             return index + 1, state, Measurements(*written)
 
@@ -217,189 +219,99 @@ class Engine:
         )
         return state, Measurements(*(array.stack() for array in arrays))
 
-    def _round(self, state: State, cohort: tf.Tensor, settings: Settings) -> tuple[State, Measurements]:
-        size = tf.shape(cohort)[0]
-        params = self._query.derive_sample_params(state.query)
-        clip_norm = self._query.clip_norm(params)
-        chunk_size = _VECTORIZED_CLIENTS if self._vectorizes else 1
+    def _partial_sum(self, state: State, settings: Settings, cohort: tf.Tensor) -> tuple[Any, Measurements]:
+        """The sum of what some clients of a round send, and of their measurements: private."""
+        each = for_each if self._together else _apply
+        clip_norm = each(lambda query: self._query.clip_norm(self._query.derive_sample_params(query)), state.query)
+        lanes, size = self._training.lanes, tf.shape(cohort)[0]
+        bounds = [size * lane // lanes for lane in range(lanes + 1)]
+        total, measured = each(self._query.initial_sample_state, list(state.weights)), _zeros_like(clip_norm)
+        # The loops do not depend on each other: TensorFlow runs them at the same time where it has the threads.
+        for of_lane, sums in [
+            self._sums(state, settings, cohort[bounds[lane] : bounds[lane + 1]], total, measured)
+            for lane in range(lanes)
+        ]:
+            total = self._query.merge_sample_states(total, of_lane)
+            measured = _added(measured, sums)
+        return total, measured._replace(clip_norm=clip_norm)
+
+    def _sums(
+        self, state: State, settings: Settings, clients: tf.Tensor, nothing: Any, zeros: Measurements
+    ) -> tuple[Any, Measurements]:
+        """One loop over chunks of clients, from sums of nothing."""
+        size, chunk_size = tf.shape(clients)[0], self._training.chunk_size(state)
 
         def body(start: tf.Tensor, total: Any, measured: Measurements) -> tuple[tf.Tensor, Any, Measurements]:
-            chunk = cohort[start : start + chunk_size]
-            examples = self._examples_seen(chunk, settings)
-            if self._vectorizes:
-                updates = self._train_chunk(state, chunk, settings)
-                norms = tf.vectorized_map(global_norm, updates)
-                # Drawing at the client falls back to a loop over the clients, which needs no words.
-                records = tf.vectorized_map(
-                    lambda one: self._preprocess(params, *one), (updates, chunk, examples), warn=False
-                )
-                record = tf.nest.map_structure(lambda part: tf.reduce_sum(part, axis=0), records)
-                examples_clipped = tf.constant(0.0)
-            else:
-                update, examples_clipped = self._train_one(state, chunk[0], settings)
-                norms = global_norm(update)[None]
-                record = self._preprocess(params, update, chunk[0], examples[0])
-            finite = tf.math.is_finite(norms)
-            measured = Measurements(
-                measured.update_norm + tf.reduce_sum(tf.where(finite, norms, 0.0)),
-                measured.clipped_fraction + tf.reduce_sum(tf.cast(finite & (norms > clip_norm), tf.float32)),
-                measured.non_finite_updates + tf.reduce_sum(tf.cast(~finite, tf.float32)),
-                clip_norm,
-                measured.example_clipped_fraction + examples_clipped,
-            )
-            return start + chunk_size, self._query.accumulate_preprocessed_record(total, record), measured
+            record, more = self._training.sums(state, clients[start : start + chunk_size], settings)
+            total = self._query.accumulate_preprocessed_record(total, record)
+            return start + chunk_size, total, _added(measured, more)
 
-        nothing = self._query.initial_sample_state(list(state.weights))
-        zeros = Measurements(*(tf.constant(0.0) for _ in Measurements._fields))._replace(clip_norm=clip_norm)
         _, total, measured = tf.while_loop(
             lambda start, *_: start < size, body, (tf.constant(0), nothing, zeros), parallel_iterations=1
         )
-        mean_update, query_state, _ = self._query.get_noised_result(total, state.query)
-        weights, server_state = self._server.apply(list(state.weights), mean_update, state.server, settings.server)
+        return total, measured
+
+    def _finish(
+        self, state: State, settings: Settings, total: Any, measured: Measurements, size: tf.Tensor
+    ) -> tuple[State, Measurements]:
+        """Noise, mean and server step: the state after the round, and its measurements."""
+
+        def one(state: State, total: Any, server: tuple[tf.Tensor, ...]) -> State:
+            mean_update, query_state, _ = self._query.get_noised_result(total, state.query)
+            weights, server_state = self._server.apply(list(state.weights), mean_update, state.server, server)
+            return State(tuple(weights), server_state, query_state, state.round + 1)
+
+        each = for_each if self._together else _apply
         clients = tf.cast(tf.maximum(size, 1), tf.float32)
         measured = measured._replace(
             update_norm=measured.update_norm / clients,
             clipped_fraction=measured.clipped_fraction / clients,
             example_clipped_fraction=measured.example_clipped_fraction / clients,
         )
-        return State(tuple(weights), server_state, query_state, state.round + 1), measured
-
-    def _preprocess(self, params: Any, update: list[tf.Tensor], client: tf.Tensor, examples: tf.Tensor) -> Any:
-        """What one client sends: private until it is summed, unless the mechanism says otherwise."""
-        return self._query.preprocess_record(self._query.client_params(params, client, examples), update)
-
-    def _examples_seen(self, clients: tf.Tensor, settings: Settings) -> tf.Tensor:
-        """How many examples each of some clients processes in a round, (clients,), int32."""
-        return examples_seen(
-            tf.gather(self._sizes, clients),
-            steps=settings.steps,
-            epochs=settings.epochs,
-            batch_size=self._local.batch_size,
-            sampling=self._local.example_sampling if self._local.is_private else "shuffled",
-        )
-
-    def _schedule(self, state: State, clients: tf.Tensor, settings: Settings) -> tuple[tf.Tensor, tf.Tensor]:
-        return minibatches(
-            tf.gather(self._starts, clients),
-            tf.gather(self._sizes, clients),
-            clients,
-            steps=settings.steps,
-            epochs=settings.epochs,
-            batch_size=self._local.batch_size,
-            seed=settings.shuffling_seed,
-            round_number=state.round,
-        )
-
-    def _train_chunk(self, state: State, clients: tf.Tensor, settings: Settings) -> list[tf.Tensor]:
-        """Updates (after minus before) of some clients trained side by side, each (clients, *shape)."""
-        rows, mask = self._schedule(state, clients, settings)
-        before = [tf.repeat(weight[None], tf.shape(clients)[0], axis=0) for weight in state.weights]
-
-        def gradients_at(step: tf.Tensor, weights: list[tf.Tensor]) -> list[Any]:
-            x, y = tf.gather(self._x, rows[:, step]), tf.gather(self._y, rows[:, step])
-            with tf.GradientTape() as tape:
-                tape.watch(weights)
-                losses = tf.vectorized_map(
-                    lambda one: self._mean_loss(one[0], one[1], one[2], one[3], tf.zeros(2, tf.int32)),
-                    (weights, x, y, mask[:, step]),
-                )
-            return tape.gradient(losses, weights)
-
-        return self._local_steps(mask, gradients_at, before, settings)
-
-    def _train_one(self, state: State, client: tf.Tensor, settings: Settings) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Update (after minus before) of one client, and the fraction of its examples' gradients that it clipped."""
-        if not isinstance(settings.private, PrivateSettings):
-            return self._train_client(state, client, settings), tf.constant(0.0)
-        start, size = self._starts[client], self._sizes[client]
-        return train_privately(
-            self._model,
-            state.weights,
-            self._x[start : start + size],
-            self._y[start : start + size],
-            training=self._local,
-            numbers=settings.private.numbers,
-            seeds=client_seeds(settings.private.seeds, state.round, client),
-        )
-
-    def _train_client(self, state: State, client: tf.Tensor, settings: Settings) -> list[tf.Tensor]:
-        """Update (after minus before) of one client that trains without example-level privacy."""
-        rows, mask = self._schedule(state, client[None], settings)
-        seed = tf.random.experimental.stateless_fold_in(
-            tf.random.experimental.stateless_fold_in(settings.model_seed, state.round), client
-        )
-
-        def gradients_at(step: tf.Tensor, weights: list[tf.Tensor]) -> list[Any]:
-            x, y = tf.gather(self._x, rows[0, step]), tf.gather(self._y, rows[0, step])
-            with tf.GradientTape() as tape:
-                tape.watch(weights)
-                step_seed = tf.random.experimental.stateless_fold_in(seed, step)
-                loss = self._mean_loss(weights, x, y, mask[0, step], step_seed)
-            return tape.gradient(loss, weights)
-
-        return self._local_steps(mask, gradients_at, list(state.weights), settings)
-
-    def _local_steps(
-        self,
-        mask: tf.Tensor,
-        gradients_at: Callable[[tf.Tensor, list[tf.Tensor]], list[Any]],
-        before: list[tf.Tensor],
-        settings: Settings,
-    ) -> list[tf.Tensor]:
-        """Takes the local steps of one client, or of a chunk of them side by side.
-
-        Args:
-            mask: which rows of the minibatches count, (clients, steps, batch_size).
-            gradients_at: the weights' gradients on a step's minibatches.
-            before: the weights, with the clients along the first axis where they train side by side.
-            settings: the configuration's numbers.
-        """
-        steps, optimizer, is_proximal = tf.shape(mask)[1], self._local.optimizer, self._local.is_proximal
-
-        def body(
-            step: tf.Tensor, weights: list[tf.Tensor], moments: tuple[list[tf.Tensor], ...]
-        ) -> tuple[tf.Tensor, list[tf.Tensor], tuple[list[tf.Tensor], ...]]:
-            gradients, numbers = gradients_at(step, weights), settings.optimizer
-            if is_proximal:
-                gradients = optimizers.with_proximal_term(gradients, weights, before, numbers.proximal_strength)
-            moved, moments = optimizers.step(optimizer, weights, gradients, moments, numbers, step)
-            if self._vectorizes and (optimizer != "sgd" or is_proximal):
-                # Moments and the proximal term would carry on a client that has come to its end before the others of
-                # its chunk.
-                goes_on = tf.reduce_any(mask[:, step] > 0, axis=1)
-                moved = [tf.where(_along(goes_on, new), new, old) for new, old in zip(moved, weights, strict=True)]
-            return step + 1, moved, moments
-
-        start = (tf.constant(0), before, optimizers.initial_moments(optimizer, before))
-        _, after, _ = tf.while_loop(lambda step, *_: step < steps, body, start, parallel_iterations=1)
-        return [new - old for new, old in zip(after, before, strict=True)]
-
-    def _mean_loss(
-        self, weights: Sequence[tf.Tensor], x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor, seed: tf.Tensor
-    ) -> tf.Tensor:
-        """Mean loss over a minibatch's counted examples, with penalties; zero for an empty minibatch."""
-        losses, _, penalty = self._model.losses_and_logits(weights, x, y, training_seed=seed)
-        count = tf.reduce_sum(mask)
-        return tf.reduce_sum(losses * mask) / tf.maximum(count, 1.0) + penalty * tf.minimum(count, 1.0)
+        return each(one, state, total, settings.server), measured
 
     def _evaluate(self, weights: tuple[tf.Tensor, ...], x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Number of examples classified correctly, and the sum of their losses."""
+        """Number of examples classified correctly, and the sum of their losses, both float64."""
         examples = tf.shape(y)[0]
+        each = for_each if self._together else _apply
 
         def body(start: tf.Tensor, correct: tf.Tensor, loss: tf.Tensor) -> tuple[tf.Tensor, ...]:
             x_batch, y_batch = (part[start : start + _EVALUATION_BATCH] for part in (x, y))
-            losses, logits, _ = self._model.losses_and_logits(weights, x_batch, y_batch)
-            hits = tf.argmax(logits, axis=1, output_type=tf.int32) == y_batch
-            hits = hits & tf.math.is_finite(losses)
-            return (
-                start + _EVALUATION_BATCH,
-                correct + tf.reduce_sum(tf.cast(hits, tf.int32)),
-                loss + tf.reduce_sum(tf.cast(losses, tf.float64)),
-            )
 
-        nothing = (tf.constant(0), tf.constant(0), tf.constant(0.0, tf.float64))
-        _, correct, loss = tf.while_loop(lambda start, *_: start < examples, body, nothing)
+            def one(weights: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+                losses, logits, _ = self._model.losses_and_logits(weights, x_batch, y_batch)
+                hits = tf.argmax(logits, axis=1, output_type=tf.int32) == y_batch
+                hits = hits & tf.math.is_finite(losses)
+                return tf.reduce_sum(tf.cast(hits, tf.float64)), tf.reduce_sum(tf.cast(losses, tf.float64))
+
+            hits, losses = each(one, list(weights))
+            return start + _EVALUATION_BATCH, correct + hits, loss + losses
+
+        nothing = tf.zeros(tf.shape(weights[0])[:1] if self._together else [], tf.float64)
+        _, correct, loss = tf.while_loop(lambda start, *_: start < examples, body, (tf.constant(0), nothing, nothing))
         return correct, loss
+
+    def _compiled(self, function: Callable[..., Any], lengths: int) -> Callable[..., Any]:
+        """A method's graph, traced once when it is first called, for any length of its last `lengths` arguments."""
+
+        def call(*arguments: Any) -> Any:
+            name = function.__name__
+            if name not in self._graphs:
+                fixed = len(arguments) - lengths
+                specs = [self._spec(argument) for argument in arguments[:fixed]]
+                specs += [_any_length(argument) for argument in arguments[fixed:]]
+                self._graphs[name] = _compile(function, *specs)
+            return self._graphs[name](*arguments)
+
+        return call
+
+    def _spec(self, structure: Any) -> Any:
+        """For any number of configurations, where several are side by side."""
+        if not self._together:
+            return tf.nest.map_structure(tf.TensorSpec.from_tensor, structure)
+        return tf.nest.map_structure(
+            lambda part: tf.TensorSpec.from_tensor(part) if part.dtype.is_integer else _any_length(part), structure
+        )
 
 
 class GraphRounds:
@@ -430,17 +342,52 @@ class GraphRounds:
         self._state = structure_of(state, self._state)
 
 
-def _along(clients: tf.Tensor, stacked: tf.Tensor) -> tf.Tensor:
-    """One value for each client, in a shape that broadcasts along the other axes of a tensor."""
-    return tf.reshape(clients, [-1] + [1] * (len(stacked.shape) - 1))
+class TogetherRounds:
+    """The rounds of several runs that go through one graph side by side.
+
+    Args:
+        engine: made for configurations together.
+        planned: the experiments with their plans.
+        seed: of all runs.
+    """
+
+    def __init__(self, engine: Engine, planned: Sequence[tuple[Experiment, Plan]], seed: int) -> None:
+        self._engine, self._runs = engine, range(len(planned))
+        self._state = stacked([engine.initial_state(plan, each.server, seed) for each, plan in planned])
+        self._settings = stacked([engine.settings(each.local, each.server, seed) for each, _ in planned])
+
+    def run(self, cohorts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Runs the next rounds, one for each cohort; returns what `Rounds.run` does, for each run."""
+        self._state, measured = self._engine.run_rounds(self._state, cohorts, self._settings)
+        return [{name: column[:, index] for name, column in measured.items()} for index in self._runs]
+
+    def evaluate(self) -> list[list[float]]:
+        """Accuracy and loss on the test split, then on the validation split, for each run."""
+        values = [value for split in ("test", "validation") for value in self._engine.evaluate(self._state, split)]
+        return [[float(value[index]) for value in values] for index in self._runs]
+
+    def weights(self) -> list[list[np.ndarray]]:
+        """The model's trainable weights after the rounds so far, for each run."""
+        return [[weight.numpy() for weight in unstacked(self._state.weights, index)] for index in self._runs]
 
 
-def _compile(function: Callable[..., Any], fixed: Any, *arguments: Any) -> Any:
-    """Traces a function once, for any length of its second and its third argument."""
+def _apply(function: Callable[..., Any], *structures: Any) -> Any:
+    """What `for_each` is to several configurations, for a single one."""
+    return function(*structures)
 
-    def opened(tensor: tf.Tensor) -> tf.TensorSpec:
-        return tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype)
 
-    return tf.function(function, autograph=False).get_concrete_function(
-        fixed, opened(arguments[0]), opened(arguments[1]), *arguments[2:]
-    )
+def _zeros_like(clip_norm: tf.Tensor) -> Measurements:
+    return Measurements(*(tf.zeros_like(clip_norm) for _ in Measurements._fields))
+
+
+def _added(one: Measurements, other: Measurements) -> Measurements:
+    return Measurements(*(left + right for left, right in zip(one, other, strict=True)))
+
+
+def _any_length(tensor: tf.Tensor) -> tf.TensorSpec:
+    return tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype)
+
+
+def _compile(function: Callable[..., Any], *specs: Any) -> Any:
+    """Traces a function."""
+    return tf.function(function, autograph=False).get_concrete_function(*specs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +28,7 @@ from dpfl.sampling import Sampler
 from dpfl.simulation.server import ServerOptimizer
 
 if TYPE_CHECKING:
+    from dpfl.simulation.cluster import RayCluster
     from dpfl.simulation.result import Result
 
 
@@ -183,6 +185,7 @@ class Experiment(Config):
         progress: bool = True,
         checkpoints: str | Path | None = None,
         checkpoint_every: int = 10,
+        cluster: RayCluster | None = None,
     ) -> Result:
         """Trains one model.
 
@@ -198,10 +201,14 @@ class Experiment(Config):
                 it. Whoever has that file can take the noise off what is released: it is as secret as the seed. None
                 keeps nothing.
             checkpoint_every: rounds from one checkpoint to the next.
+            cluster: splits the cohort of each round over processes of many machines, for one large run; None does all
+                in this process. The run and its checkpoints are the same ones: its weights differ by no more than the
+                order in which float32 numbers are summed. The machines see the training examples.
 
         Raises:
             InputError: the privacy target cannot be met, the model does not fit the data, the folder cannot take
-                checkpoints, or the run's checkpoint is another plan's or in another process' hands.
+                checkpoints, the run's checkpoint is another plan's or in another process' hands, or the cluster cannot
+                be used.
         """
         from dpfl.progress import progress_bar
         from dpfl.simulation.checkpoints import Checkpoints
@@ -209,9 +216,12 @@ class Experiment(Config):
 
         seed = check_seed(seed)
         kept = None if checkpoints is None else Checkpoints(_folder(checkpoints), checkpoint_every)
-        with progress_bar("training", self.rounds, "rounds", shown=progress) as advance:
+        if cluster is not None and self.engine == "tff":
+            raise InputError('a cluster trains by the in-graph engine: leave it out, or choose engine="graph".')
+        started = contextlib.nullcontext() if cluster is None else cluster.started()
+        with started as actors, progress_bar("training", self.rounds, "rounds", shown=progress) as advance:
             plan = self.plan()
-            return run(self, plan, self.client_plan(plan.rounds), seed, advance, kept)
+            return run(self, plan, self.client_plan(plan.rounds), seed, advance, kept, actors)
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain values; the data by name and fingerprint, the model by its key."""

@@ -7,8 +7,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,10 +22,13 @@ from dpfl.privacy import Guarantee
 from dpfl.privacy.example_level import ClientEpsilons
 from dpfl.privacy.ledger import Ledger
 from dpfl.simulation.checkpoints import Checkpoint, Checkpoints, Progress
-from dpfl.simulation.engine import Engine, GraphRounds
+from dpfl.simulation.engine import Engine, GraphRounds, TogetherRounds
 from dpfl.simulation.experiment import Experiment
 from dpfl.simulation.result import Result
 from dpfl.simulation.rounds import Rounds
+
+if TYPE_CHECKING:
+    from dpfl.simulation.ray_rounds import Actors
 
 # Engines hold their data and compiled graphs: a few are kept for the runs that come next.
 _ENGINES: collections.OrderedDict[tuple[Any, ...], tuple[FunctionalModel, Engine]] = collections.OrderedDict()
@@ -40,6 +43,7 @@ def run(
     seed: int,
     advance: Callable[[int], None] = lambda rounds: None,
     checkpoints: Checkpoints | None = None,
+    actors: Actors | None = None,
 ) -> Result:
     """Trains and evaluates one model.
 
@@ -54,17 +58,67 @@ def run(
         seed: of everything random.
         advance: called with a number of rounds whenever so many more are done.
         checkpoints: where to keep the run while it goes on, and to look for what was kept of it; None for nowhere.
+        actors: of a Ray cluster, that train the clients; None to train them in this process.
 
     Raises:
         InputError: the model does not fit the data, its examples' gradients cannot be told apart, or the run's
             checkpoint is another plan's or in another process' hands.
     """
     started = time.perf_counter()
-    model, rounds = _start(experiment, plan, client_plan, seed)
+    model, rounds = _start(experiment, plan, client_plan, seed, actors)
     costs = _Costs(experiment, plan, client_plan)
     with contextlib.nullcontext() if checkpoints is None else checkpoints.of(experiment.run_id(seed)) as checkpoint:
         done = _train(experiment, plan, seed, rounds, costs, started, advance, checkpoint)
 
+    return _result(experiment, plan, client_plan, seed, model, done, costs, rounds.weights())
+
+
+def run_together(planned: Sequence[tuple[Experiment, Plan]], seed: int, advance: Callable[[int], None]) -> list[Result]:
+    """Trains and evaluates several models side by side, to what `run` gives each, up to the rounding of float32.
+
+    Args:
+        planned: experiments with their plans, all of the same `together_key`.
+        seed: of everything random.
+        advance: called with a number of rounds, of all runs, whenever so many more are done.
+
+    Raises:
+        InputError: the model does not fit the data.
+    """
+    started = time.perf_counter()
+    experiment, plan = planned[0]
+    model, engine = _graph_engine(experiment, plan, together=True)
+    rounds = TogetherRounds(engine, planned, seed)
+    costs = [_Costs(experiment, plan, None) for experiment, plan in planned]
+    participations = np.zeros(plan.population, np.int64)
+    histories: list[list[dict[str, Any]]] = [[] for _ in planned]
+    for first in range(0, plan.rounds, experiment.evaluate_every):
+        numbers = range(first, min(first + experiment.evaluate_every, plan.rounds))
+        cohorts = [plan.sampler.clients(seed, number, plan.population) for number in numbers]
+        for cohort in cohorts:
+            participations[cohort] += 1
+        measured, evaluations = rounds.run(cohorts), rounds.evaluate()
+        for own, history, values, cost in zip(evaluations, histories, measured, costs, strict=True):
+            history += _rows(numbers, cohorts, values, cost)
+            history[-1].update(zip(_EVALUATION, own, strict=True))
+        advance(len(numbers) * len(planned))
+    seconds = (time.perf_counter() - started) / len(planned)
+    return [
+        _result(experiment, plan, None, seed, model, Progress(participations, history, seconds), cost, weights)
+        for (experiment, plan), history, cost, weights in zip(planned, histories, costs, rounds.weights(), strict=True)
+    ]
+
+
+def _result(
+    experiment: Experiment,
+    plan: Plan,
+    client_plan: ClientPlan | None,
+    seed: int,
+    model: FunctionalModel,
+    done: Progress,
+    costs: _Costs,
+    weights: list[np.ndarray],
+) -> Result:
+    """What a run leaves behind after its last round."""
     history, evaluation = done.history, {name: done.history[-1][name] for name in _EVALUATION}
     lost_a_round = any(row["non_finite_updates"] == row["cohort"] > 0 for row in history)
     promised = costs.target.guarantee
@@ -94,7 +148,7 @@ def run(
         user_guarantee=plan.guarantee if experiment.privacy.unit == "user" or plan.is_private else None,
         example_guarantee=example_guarantee,
         client_epsilons=realised,
-        weights=rounds.weights(),
+        weights=weights,
         functional_model=model,
     )
 
@@ -140,17 +194,30 @@ def _train(
         numbers = range(first, end)
         cohorts = [plan.sampler.clients(seed, number, plan.population) for number in numbers]
         measured = rounds.run(cohorts)
-        for index, number in enumerate(numbers):
-            participations[cohorts[index]] += 1
-            values = {name: float(column[index]) for name, column in measured.items()}
-            spent = {"epsilon_spent": costs.target.after(number + 1)}
-            history.append({"round": number + 1, "cohort": len(cohorts[index]), **spent, **values})
+        for cohort in cohorts:
+            participations[cohort] += 1
+        history += _rows(numbers, cohorts, measured, costs)
         if end % experiment.evaluate_every == 0 or end == plan.rounds:
             history[-1].update(_evaluate(rounds))
         if checkpoint is not None and (end % checkpoint.every == 0 or end == plan.rounds):
             checkpoint.write(rounds.state(), so_far(), costs.ledger(end))
         advance(len(numbers))
     return so_far()
+
+
+def _rows(
+    numbers: Sequence[int], cohorts: Sequence[np.ndarray], measured: Mapping[str, np.ndarray], costs: _Costs
+) -> list[dict[str, Any]]:
+    """The history of some rounds, without evaluations."""
+    return [
+        {
+            "round": number + 1,
+            "cohort": len(cohort),
+            "epsilon_spent": costs.target.after(number + 1),
+            **{name: float(column[index]) for name, column in measured.items()},
+        }
+        for index, (number, cohort) in enumerate(zip(numbers, cohorts, strict=True))
+    ]
 
 
 class _Cost:
@@ -206,7 +273,7 @@ class _Costs:
 
 
 def _start(
-    experiment: Experiment, plan: Plan, client_plan: ClientPlan | None, seed: int
+    experiment: Experiment, plan: Plan, client_plan: ClientPlan | None, seed: int, actors: Actors | None = None
 ) -> tuple[FunctionalModel, Rounds]:
     """The model, and the run before its first round on the experiment's engine."""
     if experiment.engine == "tff":
@@ -216,7 +283,13 @@ def _start(
         return model, TffRounds(experiment, model, plan, client_plan, seed)
     model, engine = _graph_engine(experiment, plan)
     state = engine.initial_state(plan, experiment.server, seed)
-    return model, GraphRounds(engine, state, engine.settings(experiment.local, experiment.server, seed, client_plan))
+    settings = engine.settings(experiment.local, experiment.server, seed, client_plan)
+    if actors is None:
+        return model, GraphRounds(engine, state, settings)
+    from dpfl.simulation.ray_rounds import RayRounds, Work
+
+    work = Work(experiment.data, model, experiment.local, experiment.server, plan, client_plan, seed)
+    return model, RayRounds(actors, engine, state, settings, work)
 
 
 def _model(experiment: Experiment) -> FunctionalModel:
@@ -229,9 +302,10 @@ def _model(experiment: Experiment) -> FunctionalModel:
     return model
 
 
-def _graph_engine(experiment: Experiment, plan: Plan) -> tuple[FunctionalModel, Engine]:
+def _graph_engine(experiment: Experiment, plan: Plan, together: bool = False) -> tuple[FunctionalModel, Engine]:
     data, model = experiment.data, experiment.model
     key = (
+        together,
         data.fingerprint,
         model if isinstance(model, str) else model.key,
         experiment.local.structure,
@@ -241,7 +315,7 @@ def _graph_engine(experiment: Experiment, plan: Plan) -> tuple[FunctionalModel, 
     if key not in _ENGINES:
         model = _model(experiment)
         query = plan.query(0, model.initial_weights(0))
-        _ENGINES[key] = model, Engine(data, model, experiment.local, experiment.server, query)
+        _ENGINES[key] = model, Engine(data, model, experiment.local, experiment.server, query, together)
         if len(_ENGINES) > _KEPT_ENGINES:
             _ENGINES.popitem(last=False)
     _ENGINES.move_to_end(key)

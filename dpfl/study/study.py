@@ -16,7 +16,7 @@ from dpfl.randomness import check_seed
 from dpfl.simulation.checkpoints import Checkpoints
 from dpfl.simulation.experiment import Experiment
 from dpfl.study.store import Store
-from dpfl.study.workers import Planned, Task, run_tasks
+from dpfl.study.workers import Planned, run_tasks, tasks_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,8 +103,9 @@ class Study:
             workers: number of processes; None takes one for each core.
             progress: whether to show a progress bar.
             checkpoint_every: rounds from one checkpoint of a run to the next, so that a study that was killed goes on
-                inside its runs. They are in `checkpoints/` until a run's record is kept, as secret as the seeds: see
-                `Experiment.run`. None keeps nothing of a run that has not ended.
+                inside its runs, which then train one at a time and never side by side. They are in `checkpoints/` until
+                a run's record is kept, as secret as the seeds: see `Experiment.run`. None keeps nothing of a run that
+                has not ended.
 
         Returns:
             The study itself, for `frame` and `history`.
@@ -148,20 +149,22 @@ class Study:
             raise InputError("the study has no results yet: call run(folder) first.")
         return self._store
 
-    def _missing(self, store: Store) -> list[Task]:
+    def _missing(self, store: Store) -> list[tuple[int, int]]:
+        """The runs that the store does not hold, by the experiment's index and the seed."""
         return [
-            Task(index, seed)
+            (index, seed)
             for index, experiment in enumerate(self.experiments)
             for seed in self.seeds
             if not store.has(experiment.run_id(seed))
         ]
 
     def _run(self, store: Store, workers: int, progress: bool, checkpoints: Checkpoints | None) -> None:
-        tasks = self._missing(store)
-        if tasks:
-            planned = self._plan(sorted({task.experiment for task in tasks}), progress)
-            rounds = sum(planned[task.experiment].plan.rounds for task in tasks)
-            unit = f"rounds in {len(tasks)} runs"
+        runs = self._missing(store)
+        if runs:
+            planned = self._plan(sorted({index for index, _ in runs}), progress)
+            tasks = tasks_of(planned, runs, workers, together=checkpoints is None)
+            rounds = sum(planned[index].plan.rounds for index, _ in runs)
+            unit = f"rounds in {len(runs)} runs"
             with progress_bar("training", rounds, unit, shown=progress) as advance:
                 run_tasks(planned, tasks, store.folder, workers, advance, checkpoints)
             if lost := len(self._missing(store)):

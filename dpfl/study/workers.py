@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import copyreg
-import importlib
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import loky
 import numpy as np
 
 from dpfl.clients.example_privacy import ClientPlan
 from dpfl.mechanisms import Plan
+from dpfl.models.pickling import make_lazy_modules_picklable
 from dpfl.simulation.checkpoints import Checkpoints
 from dpfl.simulation.experiment import Experiment
+from dpfl.simulation.together import together_key
 from dpfl.study.store import Store
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_MOST_TOGETHER = 64  # so that a kill costs little
 
 
 class Planned(NamedTuple):
@@ -35,10 +35,35 @@ class Planned(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A run to do: the index of its experiment, and its seed."""
+    """Runs to do in one process: the indices of their experiments, which train side by side, and their seed."""
 
-    experiment: int
+    experiments: tuple[int, ...]
     seed: int
+
+
+def tasks_of(
+    planned: Mapping[int, Planned], runs: Sequence[tuple[int, int]], workers: int, together: bool
+) -> list[Task]:
+    """Puts runs into tasks, those with the most work first.
+
+    Args:
+        planned: the experiments by index.
+        runs: an experiment's index and a seed each.
+        workers: number of processes, none of which should go without work.
+        together: whether runs may train side by side.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, seed in runs:
+        experiment, plan, _ = planned[index]
+        key = together_key(experiment, plan) if together else None
+        groups.setdefault((seed, index if key is None else key), []).append(index)
+    most = min(_MOST_TOGETHER, -(-len(runs) // workers))
+    tasks = [
+        Task(tuple(indices[first : first + most]), seed)
+        for (seed, _), indices in groups.items()
+        for first in range(0, len(indices), most)
+    ]
+    return sorted(tasks, key=lambda task: -sum(planned[index].plan.rounds for index in task.experiments))
 
 
 def run_tasks(
@@ -51,8 +76,8 @@ def run_tasks(
 ) -> None:
     """Does all the runs and keeps each in the store as soon as it has ended.
 
-    The numbers do not depend on how many workers there are: a run happens in one process, on one
-    thread.
+    A run happens in one process, on one thread. Its numbers do not depend on how many workers there are, nor on what
+    trains beside it but for the rounding of float32.
 
     Args:
         planned: the tasks' experiments by index; sent to each worker once.
@@ -65,7 +90,7 @@ def run_tasks(
     Raises:
         Exception: the first error of a run; runs that have ended are kept.
     """
-    _make_lazy_modules_picklable()
+    make_lazy_modules_picklable()
     scratch = tempfile.TemporaryDirectory(prefix="dpfl-")
     counters = Path(scratch.name) / "rounds"
     rounds = np.memmap(counters, np.int64, "w+", shape=len(tasks))
@@ -87,14 +112,6 @@ def run_tasks(
     finally:
         executor.shutdown(wait=True, kill_workers=True)
         scratch.cleanup()
-
-
-def _make_lazy_modules_picklable() -> None:
-    """Lets a user's function that mentions `keras`, which TensorFlow loads lazily, travel to the workers."""
-    if "tensorflow" in sys.modules:
-        from tensorflow.python.util.lazy_loader import LazyLoader
-
-        copyreg.pickle(LazyLoader, lambda module: (importlib.import_module, (module.__name__,)))
 
 
 class _Worker(NamedTuple):
@@ -134,15 +151,18 @@ def _die_with(parent: int) -> None:
 
 
 def _run_task(slot: int, task: Task) -> None:
-    """Does one run, counts its rounds in its slot, and keeps what it leaves behind."""
-    from dpfl.simulation.run import run
-
-    experiment, plan, client_plan = _worker.planned[task.experiment]
+    """Does a task's runs, counts their rounds in its slot, and keeps what they leave behind."""
+    from dpfl.simulation.run import run, run_together
 
     def advance(rounds: int) -> None:
         _worker.rounds[slot] += rounds
 
-    result = run(experiment, plan, client_plan, task.seed, advance, _worker.checkpoints)
-    _worker.store.write(result.record, result.history, result.guarantees())
-    if _worker.checkpoints is not None:
-        _worker.checkpoints.remove(result.record["run_id"])
+    planned = [_worker.planned[index] for index in task.experiments]
+    if len(planned) == 1:
+        results = [run(*planned[0], task.seed, advance, _worker.checkpoints)]
+    else:
+        results = run_together([(experiment, plan) for experiment, plan, _ in planned], task.seed, advance)
+    for result in results:
+        _worker.store.write(result.record, result.history, result.guarantees())
+        if _worker.checkpoints is not None:
+            _worker.checkpoints.remove(result.record["run_id"])

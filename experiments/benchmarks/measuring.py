@@ -122,12 +122,12 @@ def with_ratios(rows: Iterable[Row], own_plain: Mapping[str, str | None]) -> lis
     """Adds to the rows of one workload which variant is its system's best, and its ratios to other systems' best.
 
     Args:
-        rows: with `system`, and `median_ms` or, where the system failed, `failure`.
+        rows: with `system`, `bound_ms`, and `median_ms` or, where the system failed, `failure`.
         own_plain: for each system the one that does the same without privacy in the same framework, if there is one.
 
     Returns:
-        New rows, with `best`, and `ratio_to_plain`, `ratio_to_dpfl` and `ratio_to_own_plain`: this row's median divided
-        by that system's best; None where either is missing.
+        New rows, with `best`, `ratio_to_plain`, `ratio_to_dpfl` and `ratio_to_own_plain`, which are this row's median
+        divided by that system's best, and `ratio_to_bound`; None where either is missing.
     """
     rows = list(rows)
     best: dict[str, float] = {}
@@ -145,6 +145,7 @@ def with_ratios(rows: Iterable[Row], own_plain: Mapping[str, str | None]) -> lis
             "ratio_to_plain": ratio(row, "plain"),
             "ratio_to_dpfl": ratio(row, "dpfl"),
             "ratio_to_own_plain": ratio(row, own_plain.get(row["system"])),
+            "ratio_to_bound": row["median_ms"] / row["bound_ms"] if "median_ms" in row else None,
         }
         for row in rows
     ]

@@ -13,13 +13,14 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
-from catalogue import MATMUL, MEMORY, SYSTEMS, SYSTEMS_FOLDER, System
+from catalogue import MATMUL, MEMORY, ROUNDS, SYSTEMS, SYSTEMS_FOLDER, System
 from environments import EnvironmentFailure, cache_folder, python_of
 from figure import draw
 from measuring import Row, in_turns, summary, with_ratios
@@ -27,14 +28,56 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from systems.protocol import Worker, WorkerError
-from systems.workloads import WORKLOADS
+from systems.workloads import LETTERS, WORKLOADS, BatchWorkload, FederatedWorkload, Workload
 
 LIBRARIES = ("tensorflow", "keras", "tensorflow-privacy", "numpy")
-MEMORY_TARGET = 1.3
 BUSY = 0.5
-HEADINGS = ("system", "variant", "version", "median ms", "quartiles", "x plain", "x dpfl", "x own plain")
+HEADINGS = ("system", "variant", "version", "median ms", "quartiles")
 TEXTS = 3  # columns of a table that hold words
 console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs between tables, and figures, of kinds of workloads.
+
+    Attributes:
+        step: what is measured.
+        ratios: the columns of ratios, by their headings, as `with_ratios` calls them.
+        reference: the ratio that the figure shows.
+        coloured: the systems that have a colour in the figure; the others are grey.
+    """
+
+    step: str
+    ratios: Mapping[str, str]
+    reference: str
+    coloured: tuple[str, ...]
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """Of a table's columns."""
+        return (*HEADINGS, *self.ratios)
+
+
+KINDS: dict[type[Workload], Kind] = {
+    BatchWorkload: Kind(
+        "step",
+        {"x plain": "ratio_to_plain", "x dpfl": "ratio_to_dpfl", "x own plain": "ratio_to_own_plain"},
+        "plain",
+        tuple(name for name, system in SYSTEMS.items() if system.own_plain is not None),
+    ),
+    FederatedWorkload: Kind(
+        "round",
+        {"x dpfl": "ratio_to_dpfl", "x bound": "ratio_to_bound"},
+        "dpfl",
+        tuple(name for name, system in SYSTEMS.items() if system.script(ROUNDS)),
+    ),
+}
+
+
+def kind_of(workload: str) -> Kind:
+    """The kind of a workload by its name."""
+    return KINDS[type(WORKLOADS[workload])]
 
 
 @dataclass(frozen=True)
@@ -96,8 +139,8 @@ def start(system: System, workload: str, variant: str, threads: int) -> Worker:
     }
     logs = cache_folder() / "logs"
     logs.mkdir(exist_ok=True)
-    log = logs / f"{workload}-{Path(system.script).stem}-{variant or 'only'}.log"
-    script = SYSTEMS_FOLDER / system.script
+    script = SYSTEMS_FOLDER / str(system.script(workload))
+    log = logs / f"{workload}-{script.stem}-{variant or 'only'}.log"
     command = [python, script, "--workload", workload, "--variant", variant, "--threads", str(threads)]
     return Worker(command, environment=environment, log=log)
 
@@ -157,6 +200,7 @@ def measure(
         raise typer.BadParameter(f"the matrix product failed: {failures.get(matmul.label) or 'see its log'}")
     rate = facts[matmul.label]["flops"] / statistics.median(timings[matmul.label].seconds) / 1e9
     rows = []
+    own_plain = {entry.name: _own_plain(entry.system, workload) for entry in entries}
     for entry in entries:
         row: Row = {
             "workload": workload,
@@ -165,7 +209,7 @@ def measure(
             **facts.get(entry.label, {}),
             **work.facts,
             "bound_ms": work.flops / rate / 1e6,
-            "own_plain": entry.system.own_plain,
+            "own_plain": own_plain[entry.name],
         }
         failure = failures.get(entry.label) or (timings[entry.label].failure if entry.label in timings else None)
         if failure is None:
@@ -173,7 +217,13 @@ def measure(
         else:
             row["failure"] = failure
         rows.append(row)
-    return with_ratios(rows, {entry.name: entry.system.own_plain for entry in entries}), rate
+    return with_ratios(rows, own_plain), rate
+
+
+def _own_plain(system: System, workload: str) -> str | None:
+    """The system that does the workload without privacy in the same framework, if there is one."""
+    name = system.own_plain
+    return name if name is not None and SYSTEMS[name].script(workload) else None
 
 
 def _number(value: float | None, unit: str = "") -> str:
@@ -183,8 +233,8 @@ def _number(value: float | None, unit: str = "") -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """A measured row as a reader sees it, under `HEADINGS`."""
-    ratios = (row["ratio_to_plain"], row["ratio_to_dpfl"], row["ratio_to_own_plain"])
+    """A measured row as a reader sees it, under its kind's headings."""
+    ratios = (row[name] for name in kind_of(row["workload"]).ratios.values())
     return [
         row["system"],
         row["variant"],
@@ -204,8 +254,8 @@ def caption(workload: str, rate: float) -> str:
     """What stands under a workload's table."""
     work = WORKLOADS[workload]
     return (
-        f"{work.parameters:,} parameters; the step's matrix products at this machine's {rate:.0f} GFLOP/s: "
-        f"{work.flops / rate / 1e6:.3g} ms"
+        f"{work.parameters:,} parameters; the {kind_of(workload).step}'s matrix products at this machine's "
+        f"{rate:.0f} GFLOP/s: {_number(work.flops / rate / 1e6)} ms"
     )
 
 
@@ -213,7 +263,7 @@ def table(workload: str, rows: Sequence[Row], rate: float) -> Table:
     """The rows of one workload for the terminal."""
     title = f"{WORKLOADS[workload].title} ({workload})"
     result = Table(title=title, caption=caption(workload, rate), title_justify="left", caption_justify="left")
-    for place, heading in enumerate(HEADINGS):
+    for place, heading in enumerate(kind_of(workload).headings):
         result.add_column(heading, justify="left" if place < TEXTS else "right", no_wrap=True)
     for row in measured_rows(rows):
         result.add_row(*cells(row), style="bold" if row["system"] == "dpfl" else None if row["best"] else "dim")
@@ -225,7 +275,8 @@ def markdown(rows: Sequence[Row], rates: dict[str, float]) -> str:
     parts = []
     for workload, rate in rates.items():
         own = [row for row in rows if row["workload"] == workload]
-        lines = [HEADINGS, ["---" if place < TEXTS else "---:" for place in range(len(HEADINGS))]]
+        headings = kind_of(workload).headings
+        lines = [headings, ["---" if place < TEXTS else "---:" for place in range(len(headings))]]
         lines += [cells(row) for row in measured_rows(own)]
         parts.append(f"### {WORKLOADS[workload].title} (`{workload}`)\n")
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
@@ -239,22 +290,36 @@ def label(row: Row) -> str:
     return " ".join(filter(None, (row["system"], row["variant"])))
 
 
-def show_memory(threads: int, timeout: float) -> list[Row]:
-    """Measures and prints the peak memory of dpfl's step, each size in a process of its own."""
+def show_memory(workloads: Sequence[str], threads: int, timeout: float) -> list[Row]:
+    """Measures and prints dpfl's peak memory, each size in a process of its own.
+
+    Raises:
+        WorkerError: if it cannot be measured.
+    """
     rows: list[Row] = []
-    for variant in MEMORY.variants:
-        with closing_all() as workers:
-            workers.append(start(MEMORY, MEMORY.workloads, variant, threads))
-            rows.append({"workload": f"memory-{MEMORY.workloads}", "system": "dpfl", "variant": variant})
-            rows[-1] |= workers[0].facts(timeout)
-    small, large = (row["peak_megabytes"] for row in rows)
-    for row in rows:
-        console.print(
-            f"Peak resident memory, batch {row['batch']:,}, microbatch {row['microbatch_size']:,}: "
-            f"{row['peak_megabytes']:,.0f} MB ({row['import_megabytes']:,.0f} MB after the imports)"
-        )
-    console.print(f"Ratio: {large / small:.3f} (target: at most {MEMORY_TARGET})")
+    for workload in workloads:
+        test, compared = MEMORY[workload], []
+        for variant in test.variants:
+            with closing_all() as workers:
+                workers.append(start(test, workload, variant, threads))
+                facts = workers[0].facts(timeout)
+            rows.append({"workload": f"memory-{workload}", "system": "dpfl", "variant": variant, **facts})
+            compared.append(facts[test.compared])
+            numbers = (f"{name.replace('_', ' ')} {_number(facts[name])}" for name in facts if name != "version")
+            console.print(f"{workload}, {variant}: {', '.join(numbers)}", highlight=False, soft_wrap=True)
+        small, large = compared
+        what = test.compared.replace("_", " ")
+        console.print(f"Ratio of {what}: {large / small:.3f} (target: at most {test.target})")
     return rows
+
+
+def draw_all(rows: Sequence[Row], workloads: Sequence[str], note: str, file: Path) -> None:
+    """Draws a figure for each kind of workload; where there are two, their names end in what is measured."""
+    kinds = [kind for kind in KINDS.values() if any(kind_of(name) is kind for name in workloads)]
+    for kind in kinds:
+        titles = {name: WORKLOADS[name].title for name in workloads if kind_of(name) is kind}
+        of_kind = file if len(kinds) == 1 else file.with_stem(f"{file.stem}_{kind.step}s")
+        draw(rows, titles, kind.coloured, of_kind, note=note, step=kind.step, reference=kind.reference)
 
 
 def save(file: Path | None, about: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -264,10 +329,12 @@ def save(file: Path | None, about: dict[str, Any], rows: Sequence[Row]) -> None:
         file.write_text(json.dumps({"machine": about, "rows": list(rows)}, indent=1) + "\n")
 
 
-def _chosen(asked: str | None, known: Sequence[str], what: str) -> list[str]:
+def _chosen(
+    asked: str | None, known: Sequence[str], what: str, letters: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     if asked is None:
         return list(known)
-    names = [name.strip() for name in asked.split(",") if name.strip()]
+    names = [letters.get(name.strip(), name.strip()) for name in asked.split(",") if name.strip()]
     for name in names:
         if name not in known:
             raise typer.BadParameter(f"there is no {what} {name!r}: choose among {', '.join(known)}")
@@ -275,7 +342,9 @@ def _chosen(asked: str | None, known: Sequence[str], what: str) -> list[str]:
 
 
 def main(
-    workload: Annotated[str | None, typer.Option(help="Workloads, separated by commas; all if left out.")] = None,
+    workload: Annotated[
+        str | None, typer.Option(help="Workloads (or letters, a to e), separated by commas; all if left out.")
+    ] = None,
     systems: Annotated[str | None, typer.Option(help="Systems, separated by commas; all if left out.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn.")] = 7,
     seconds: Annotated[float, typer.Option(min=0.001, help="How long a turn should take.")] = 1.0,
@@ -288,7 +357,7 @@ def main(
     memory: Annotated[bool, typer.Option("--memory", help="Measures peak memory instead of time.")] = False,
 ) -> None:
     """Runs dpfl and its peers side by side on the same work."""
-    workloads = _chosen(workload, list(WORKLOADS), "workload")
+    workloads = _chosen(workload, list(MEMORY if memory else WORKLOADS), "workload", LETTERS)
     names = _chosen(systems, list(SYSTEMS), "system")
     use_processors(threads)
     about = machine(threads)
@@ -298,7 +367,7 @@ def main(
         )
     if memory:
         try:
-            rows = show_memory(threads, timeout)
+            rows = show_memory(workloads, threads, timeout)
         except WorkerError as error:
             console.print(f"Peak memory could not be measured: {error}", highlight=False, markup=False)
             raise typer.Exit(1) from None
@@ -311,7 +380,7 @@ def main(
             entries = [
                 Entry(system, SYSTEMS[system], variant)
                 for system in names
-                if SYSTEMS[system].can_do(name)
+                if SYSTEMS[system].script(name)
                 for variant in SYSTEMS[system].variants
             ]
             settings = {"rounds": rounds, "seconds": seconds, "threads": threads, "timeout": timeout}
@@ -326,10 +395,8 @@ def main(
         json_file.with_suffix(".md").write_text(markdown(rows, rates))
         figure = figure or json_file.with_suffix(".png")
     if figure is not None:
-        private = [name for name, system in SYSTEMS.items() if system.own_plain is not None]
-        titles = {name: WORKLOADS[name].title for name in workloads}
-        note = f"{about['processor']}, {threads} threads, {about['date'][:10]}. Pale: not the system's best variant."
-        draw(rows, titles, private, note, figure)
+        note = f"{about['processor']}, {threads} threads, {about['date'][:10]}"
+        draw_all(rows, workloads, note, figure)
 
 
 if __name__ == "__main__":

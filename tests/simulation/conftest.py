@@ -13,8 +13,9 @@ from dpfl.mechanisms import Gaussian, NoMechanism, Plan
 from dpfl.models.functional import FunctionalModel
 from dpfl.privacy import Privacy
 from dpfl.sampling import BaseSampler, Poisson
-from dpfl.simulation.engine import Engine, Settings, State
+from dpfl.simulation.engine import Engine
 from dpfl.simulation.server import ServerOptimizer
+from dpfl.simulation.state import Settings, State
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from dpfl.mechanisms import NoMechanism
 from dpfl.models.functional import FunctionalModel
 from dpfl.randomness import Purpose, stateless_seed
 from dpfl.simulation import engine as engine_module
+from dpfl.simulation.clients import OneByOne
 from dpfl.simulation.server import ServerOptimizer
 from dpfl.study import grid
 
@@ -103,7 +104,7 @@ def test_rounds_equal_a_plain_loop(
     model: str, mechanism: NoMechanism, local: ClientTraining, setup: Callable, images: FederatedData
 ) -> None:
     configured = setup(model, mechanism=mechanism, local=local, server=ServerOptimizer(learning_rate=0.7), seed=3)
-    assert configured.engine._vectorizes == (model != "cnn")
+    assert isinstance(configured.engine._training, OneByOne) == (model == "cnn")
     state, _ = configured.run(COHORTS)
     reference = _reference(configured, images)
     _close(state.weights, reference)
@@ -134,7 +135,8 @@ def test_a_client_that_diverged_has_neither_update_nor_weight(
     configured = setup(model, mechanism=BY_EXAMPLES, local=PROXIMAL.replace(learning_rate=0.1))
     x = images.x.copy()
     x[images.offsets[4]] = np.inf
-    configured.engine._x = tf.constant(x)
+    way = configured.engine._training
+    way._examples = way._examples._replace(x=tf.constant(x))
     others, _ = configured.run([np.array([3, 17], np.int32)])
     with_it, measured = configured.run([np.array([3, 4, 17], np.int32)])
     _close(with_it.weights, others.weights, 1e-6)

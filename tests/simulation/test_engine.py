@@ -11,9 +11,11 @@ from dpfl.clients.dp_sgd import ClientSeeds, PrivateUpdate, client_numbers, clie
 from dpfl.clients.schedule import minibatches
 from dpfl.data import FederatedData
 from dpfl.randomness import Purpose, stateless_seed
+from dpfl.simulation import clients as clients_module
 from dpfl.simulation import engine as engine_module
-from dpfl.simulation.engine import State
+from dpfl.simulation.clients import OneByOne, SideBySide
 from dpfl.simulation.server import ServerOptimizer
+from dpfl.simulation.state import State
 
 # With a smaller constant Adam makes whole steps of the round-off of tiny gradients.
 ADAM = ClientTraining(learning_rate=0.02, batch_size=3, epochs=2, optimizer="adam", adaptivity=1e-2)
@@ -126,8 +128,9 @@ def test_rounds_equal_a_plain_loop(model: str, options: dict, setup: Callable, i
 def test_side_by_side_equals_one_by_one(model: str, optimizer: str, setup: Callable) -> None:
     local = ClientTraining(learning_rate=0.05, batch_size=4, epochs=2, optimizer=optimizer)
     together, alone = setup(model, local=local), setup(model, local=local)
-    assert together.engine._vectorizes
-    alone.engine._vectorizes = False
+    assert isinstance(together.engine._training, SideBySide)
+    way = together.engine._training
+    alone.engine._training = OneByOne(way._examples, way._model, way._local, way._query)
     (one, measured), (other, measured_alone) = together.run(COHORTS), alone.run(COHORTS)
     _close(one.weights, other.weights)
     for name in measured:
@@ -136,7 +139,7 @@ def test_side_by_side_equals_one_by_one(model: str, optimizer: str, setup: Calla
 
 def test_chunks_of_a_cohort_give_the_same_sum(setup: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = setup().run(COHORTS)
-    monkeypatch.setattr(engine_module, "_VECTORIZED_CLIENTS", 2)
+    monkeypatch.setattr(clients_module, "_CHUNK_NUMBERS", 1)
     chunked, _ = setup().run(COHORTS)
     _close(whole.weights, chunked.weights)
 

@@ -18,7 +18,8 @@ from dpfl.mechanisms import (
     TreeAggregation,
 )
 from dpfl.sampling import Cyclic, CyclicPoisson, Everyone, Poisson
-from dpfl.simulation.engine import Settings, State
+from dpfl.simulation.clients import OneByOne, SideBySide
+from dpfl.simulation.state import Settings, State
 
 COHORTS = [np.array(members, np.int32) for members in ([0, 3, 4, 17, 29], [], [5], [1, 2, 6], [7, 8, 9, 10])]
 MECHANISMS: list[tuple[Any, dict[str, Any]]] = [
@@ -40,13 +41,14 @@ ALL = pytest.mark.parametrize(
 
 def _by_hand(configured: Any) -> State:
     """The rounds as DESIGN has them, one client after the other."""
-    engine, state = configured.engine, configured.state
+    way, state = configured.engine._training, configured.state
+    alone = OneByOne(way._examples, way._model, way._local, way._query)
     query = configured.plan.query(configured.seed, list(state.weights))
 
     @tf.function(autograph=False)
     def sent(state: State, client: tf.Tensor, settings: Settings) -> Any:
         params = query.client_params(query.derive_sample_params(state.query), client)
-        return query.preprocess_record(params, engine._train_client(state, client, settings))
+        return query.preprocess_record(params, alone._train(state, client, settings))
 
     for cohort in COHORTS:
         total = query.initial_sample_state(list(state.weights))
@@ -67,7 +69,7 @@ def _tolerance(mechanism: Any) -> float:
 @ALL
 def test_rounds_side_by_side(mechanism: Any, options: dict, setup: Callable) -> None:
     configured = setup(mechanism=mechanism, epsilon=20.0, seed=4, **options)
-    assert configured.engine._vectorizes
+    assert isinstance(configured.engine._training, SideBySide)
     at_once, _ = configured.run(COHORTS)
     by_hand = _by_hand(configured)
     for one, other in zip(at_once.weights, by_hand.weights, strict=True):
@@ -92,7 +94,7 @@ def test_rounds_side_by_side(mechanism: Any, options: dict, setup: Callable) -> 
 @ALL
 def test_rounds_one_by_one(mechanism: Any, options: dict, setup: Callable) -> None:
     configured = setup("cnn", mechanism=mechanism, epsilon=20.0, seed=4, **options)
-    assert not configured.engine._vectorizes
+    assert isinstance(configured.engine._training, OneByOne)
     state, _ = configured.run(COHORTS)
     for one, other in zip(state.weights, _by_hand(configured).weights, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=_tolerance(mechanism))

@@ -1,13 +1,18 @@
-"""Whether a system's step is DP-SGD's: each worker runs this before it is measured, where steps are quick."""
+"""Whether a step is DP-SGD's and a round federated averaging's: workers run this before they are measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from workloads import LEARNING_RATE
+from workloads import LEARNING_RATE, FederatedWorkload
 
-HUGE, SMALL = 1e6, 0.1
+HUGE, MUCH, SMALL = 1e6, 1e3, 0.1
+CHECKED_CLIENTS = 4
+
+Weights = list[np.ndarray]
+Round = Callable[[float, float, np.ndarray, np.ndarray], Weights]
+Gradient = Callable[[Weights, np.ndarray, np.ndarray], Weights]
 
 
 def check_parameters(found: int, expected: int) -> None:
@@ -48,3 +53,65 @@ def check_step(
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def check_round(one_round: Round, gradient: Gradient, workload: FederatedWorkload) -> None:
+    """Compares one private round with federated averaging done in NumPy, on four clients.
+
+    All examples of a client are alike, so that their order does not matter.
+
+    Args:
+        one_round: takes a noise multiplier, a clip norm, inputs (clients, examples, *example) and labels (clients,
+            examples); returns the weights, in Keras' layout and order, after one round of the system under test from
+            the workload's first weights, in which all these clients take part.
+        gradient: takes weights, and the inputs and labels of one minibatch; returns the gradients of the mean loss, in
+            Keras' layout and order, as the system's framework computes them.
+        workload: the one under test.
+
+    Raises:
+        ValueError: unless the round without noise is the reference's, both with a clip norm that clips half of the
+            clients and with one that clips none (to 1e-3 of the change), and the round with much noise is as wide as
+            the noise multiplier says (to 10 %, or 20 % where there are fewer than 10,000 weights).
+    """
+    x, y = workload.client_examples(CHECKED_CLIENTS, alike=True)
+    first = workload.first_weights()
+    updates = [_update(gradient, workload, x[client], y[client]) for client in range(CHECKED_CLIENTS)]
+    norms = [float(np.linalg.norm(update)) for update in updates]
+    middle = float(np.median(norms))
+    if not min(norms) < middle < max(norms):
+        raise ValueError("the clients' updates have the same norm, so that clipping cannot be checked")
+
+    def change(noise_multiplier: float, clip_norm: float) -> np.ndarray:
+        after = one_round(noise_multiplier, clip_norm, x, y)
+        shapes = [tuple(np.shape(weight)) for weight in after]
+        if shapes != list(workload.shapes):
+            raise ValueError(f"the weights have the shapes {shapes} instead of {list(workload.shapes)}")
+        return _vector(after) - _vector(first)
+
+    for clip_norm, what in ((middle, "round without noise"), (HUGE, "round without noise and clipping")):
+        clipped = [update * min(1.0, clip_norm / norm) for update, norm in zip(updates, norms, strict=True)]
+        difference = _difference(change(0.0, clip_norm), sum(clipped) / CHECKED_CLIENTS)
+        if not difference < 1e-3:
+            raise ValueError(f"the {what} differs from federated averaging by {difference:.1e} of its change")
+    spread = np.std(change(MUCH, middle)) / (MUCH * middle / CHECKED_CLIENTS)
+    tolerance = 0.1 if workload.parameters >= 10_000 else 0.2
+    if not 1 - tolerance < spread < 1 + tolerance:
+        raise ValueError(f"the noise of the round is {spread:.3g} times as wide as it should be")
+
+
+def _update(gradient: Gradient, workload: FederatedWorkload, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What a client's local steps change, as one vector of float64."""
+    first = workload.first_weights()
+    weights = first
+    for step in range(workload.local_steps):
+        rows = slice(step * workload.batch, (step + 1) * workload.batch)
+        gradients = gradient(weights, x[rows], y[rows])
+        weights = [
+            weight - np.float32(LEARNING_RATE) * np.asarray(each)
+            for weight, each in zip(weights, gradients, strict=True)
+        ]
+    return _vector(weights) - _vector(first)
+
+
+def _vector(weights: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.asarray(weight, np.float64).ravel() for weight in weights])

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from checks import check_parameters
+from checks import Gradient, check_parameters
 from protocol import Work
-from workloads import LEARNING_RATE, SEED, WORKLOADS
+from workloads import LEARNING_RATE, SEED, WORKLOADS, FederatedWorkload
 
 layers = tf.keras.layers
 Step = Callable[[], object]
@@ -50,11 +50,45 @@ def _transformer() -> tf.keras.Model:
     return tf.keras.Model(tokens, layers.Dense(10)(layers.GlobalAveragePooling1D()(hidden)))
 
 
+def _softmax() -> tf.keras.Model:
+    return tf.keras.Sequential([tf.keras.Input((64,)), layers.Dense(10)])
+
+
+def _cifar() -> tf.keras.Model:
+    return tf.keras.Sequential(
+        [
+            tf.keras.Input((32, 32, 3)),
+            layers.Conv2D(32, 3, activation="relu"),
+            layers.Conv2D(64, 3, activation="relu"),
+            layers.MaxPool2D(2),
+            layers.Flatten(),
+            layers.Dense(128, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
+
+
+def _characters() -> tf.keras.Model:
+    return tf.keras.Sequential(
+        [tf.keras.Input((80,), dtype=tf.int32), layers.Embedding(90, 8), layers.LSTM(128), layers.Dense(90)]
+    )
+
+
+def _large() -> tf.keras.Model:
+    hidden = [layers.Dense(units, activation="relu") for units in (1_000, 200)]
+    return tf.keras.Sequential([tf.keras.Input((784,)), *hidden, layers.Dense(10)])
+
+
 MODELS: dict[str, Callable[[], tf.keras.Model]] = {
     "dpsgd-cnn": _cnn,
     "dpsgd-mlp": _mlp,
     "dpsgd-lstm": _lstm,
     "dpsgd-transformer": _transformer,
+    "fedavg-mlp": _mlp,
+    "fedavg-softmax": _softmax,
+    "fedavg-cnn": _cifar,
+    "fedavg-shakespeare": _characters,
+    "fedavg-large": _large,
 }
 
 
@@ -71,9 +105,25 @@ def new_model(workload: str) -> tf.keras.Model:
         ValueError: if the number of weights is not the workload's.
     """
     tf.keras.utils.set_random_seed(SEED)
-    model = MODELS[workload]()
-    check_parameters(sum(int(np.prod(each.shape)) for each in model.trainable_weights), WORKLOADS[workload].parameters)
+    model, work = MODELS[workload](), WORKLOADS[workload]
+    check_parameters(sum(int(np.prod(each.shape)) for each in model.trainable_weights), work.parameters)
+    if isinstance(work, FederatedWorkload):
+        model.set_weights(work.first_weights())
     return model
+
+
+def gradient_of(workload: str) -> Gradient:
+    """Returns what `check_round` calls `gradient`, by Keras."""
+    model = new_model(workload)
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def gradient(weights: list[np.ndarray], x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+        model.set_weights(weights)
+        with tf.GradientTape() as tape:
+            mean_loss = loss(y, model(x))
+        return [tf.convert_to_tensor(each).numpy() for each in tape.gradient(mean_loss, model.trainable_weights)]
+
+    return gradient
 
 
 def step_of(model: tf.keras.Model, data: Any) -> Step:
