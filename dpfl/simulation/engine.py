@@ -87,7 +87,7 @@ class Engine:
             features, units = model.shapes[model.first_kernel]
             rest = model.parameters - features * units
             if Span.pays(largest, features) and rest <= _SIDE_BY_SIDE_IN_SPAN:
-                span = Span(examples.x, examples.starts, examples.sizes, largest, units, keeps_gram=True)
+                span = Span(examples.x, examples.starts, examples.sizes, largest, units)
                 own = rest
         if span is None and (local.is_private or not model.vectorizes or own > _SIDE_BY_SIDE) and not self._together:
             return OneByOne(examples, model, local, query)

@@ -22,8 +22,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-# Gram matrices are kept if they take no more memory than the examples and at most about this many operations to make.
-_LARGEST_PREPARATION = 2e11
+# Bytes of Gram matrices that are kept; of more clients they are made anew in every round, so that memory does not grow
+# with the population.
+_LARGEST_KEPT = 64_000_000
 # Relative rounding of a float32 matrix product over some thousand rows, generously.
 _ROUNDING = 2.0**-19
 _NEGLIGIBLE = 1e-5
@@ -118,17 +119,12 @@ class Span:
         sizes: each client's number of examples, (clients,), int32.
         largest: the most examples that a client has.
         units: of the first layer.
-        keeps_gram: whether the Gram matrices may be kept in memory; they are then made here, once.
     """
 
-    def __init__(
-        self, x: tf.Tensor, starts: tf.Tensor, sizes: tf.Tensor, largest: int, units: int, keeps_gram: bool
-    ) -> None:
+    def __init__(self, x: tf.Tensor, starts: tf.Tensor, sizes: tf.Tensor, largest: int, units: int) -> None:
         self._x, self._starts, self._sizes, self._largest, self._units = x, starts, sizes, largest, units
         self._features = int(np.prod(x.shape[1:]))
-        operations = 2.0 * int(tf.size(starts)) * largest**2 * self._features
-        fits = 2 * largest <= self._features and operations <= _LARGEST_PREPARATION
-        self._gram = self._all_grams() if keeps_gram and fits else None
+        self._gram = self._all_grams() if 8 * int(x.shape[0]) * largest <= _LARGEST_KEPT else None
 
     @staticmethod
     def pays(largest: int, features: int) -> bool:

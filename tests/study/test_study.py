@@ -18,6 +18,7 @@ from dpfl.cli import main
 from dpfl.privacy import Privacy
 from dpfl.study import grid, tradeoff, tuning_prices
 from dpfl.study.store import Store
+from dpfl.study.workers import Planned, tasks_of
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,21 @@ def test_same_experiments_are_run_once(base: dpfl.Experiment) -> None:
     study = dpfl.Study([base, base.replace(rounds=4), base.replace(rounds=5)], seeds=[3, 7])
     assert len(study.experiments) == 2
     assert len(set(study.run_ids)) == 4
+
+
+def test_runs_that_differ_in_numbers_alone_share_a_task(base: dpfl.Experiment) -> None:
+    axes = {"privacy.epsilon": [4, None], "mechanism.clip_norm": [0.1, 0.5, 2], "rounds": [4, 6]}
+    experiments = [*grid(base, axes), base.replace(model="cnn")]
+    planned = {index: Planned(each, each.plan(), None) for index, each in enumerate(experiments)}
+    runs = [(index, seed) for index in planned for seed in (0, 1)]
+    tasks = tasks_of(planned, runs, workers=2, together=True)
+    assert sorted((index, task.seed) for task in tasks for index in task.experiments) == runs
+    assert sorted(len(task.experiments) for task in tasks) == [1, 1, 6, 6, 6, 6]
+    for task in tasks:
+        assert len({experiments[index].rounds for index in task.experiments}) == 1
+    # No worker goes without work, and runs that are kept while they go on train alone.
+    assert max(len(task.experiments) for task in tasks_of(planned, runs, workers=13, together=True)) == 2
+    assert all(len(task.experiments) == 1 for task in tasks_of(planned, runs, workers=2, together=False))
 
 
 def test_tuning_costs_more_the_more_there_is_to_choose(base: dpfl.Experiment) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # a warning otherwise
-# When one of Ray's workers crashes, Ray kills its process group, which was seen to be that of this process and run.py.
+# When one of its workers crashes, Ray kills its process group, which could be that of this process and run.py.
 os.environ["RAY_process_group_cleanup_enabled"] = "0"  # noqa: SIM112
 
 import flwr
