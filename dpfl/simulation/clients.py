@@ -23,6 +23,8 @@ from dpfl.simulation.state import Measurements, PrivateSettings, Settings, State
 # Side by side, clients become batched matrix products: faster while the cost of an operation is its dispatch, slower
 # once what they change no longer fits the cache. Counted in float32 numbers.
 _CHUNK_NUMBERS = 2_000_000
+# What clients only read, once in a round, need not stay in the cache.
+_CHUNK_READ_NUMBERS = 8_000_000
 
 
 class Examples(NamedTuple):
@@ -226,12 +228,13 @@ class SideBySide(Training):
 
     def chunk_size(self, state: State) -> tf.Tensor:
         """As many clients as fit the cache with all their configurations, at least one."""
-        own, shared = self._model.parameters, 0
+        own, read = self._model.parameters, 1
         if self._span is not None:
             own += self._span.numbers_of_a_client - self._span.kernel_size
-            shared = self._span.shared_numbers_of_a_client
+            read = self._span.shared_numbers_of_a_client
         configurations = tf.shape(state.weights[0])[0] if self._together else 1
-        return tf.maximum(1, _CHUNK_NUMBERS // (shared + configurations * own))
+        fitting = tf.minimum(_CHUNK_NUMBERS // (configurations * own), _CHUNK_READ_NUMBERS // read)
+        return tf.maximum(1, fitting)
 
     def sums(self, state: State, clients: tf.Tensor, settings: Settings) -> tuple[Any, Measurements]:
         """See `Training.sums`; of several configurations, these are along the first axis."""

@@ -36,6 +36,7 @@ class Cohort(NamedTuple):
     Attributes:
         x: (clients * places, features); what is in places behind a client's last example does not count.
         gram: (clients, places, places), float64; neither here.
+        rounded_gram: the same in float32.
         products: of the examples with the first kernel of each configuration at the round's start,
             (clients, places, configurations * units).
         places: the padded number of examples.
@@ -44,6 +45,7 @@ class Cohort(NamedTuple):
 
     x: tf.Tensor
     gram: tf.Tensor
+    rounded_gram: tf.Tensor
     products: tf.Tensor
     places: tf.Tensor
     units: int
@@ -62,7 +64,7 @@ class Cohort(NamedTuple):
         Returns:
             (clients, batch_size, configurations * units).
         """
-        gram = tf.cast(tf.gather(self.gram, positions, batch_dims=1), tf.float32)
+        gram = tf.gather(self.rounded_gram, positions, batch_dims=1)
         return tf.gather(self.products, positions, batch_dims=1) + tf.matmul(gram, coefficients)
 
     def gradient(self, positions: tf.Tensor, of_products: tf.Tensor) -> tf.Tensor:
@@ -161,7 +163,7 @@ class Span:
             gram = tf.gather(self._gram, rows)[:, :, :places]
         flat = tf.reshape(tf.transpose(kernels, [1, 0, 2]), [self._features, -1])
         products = tf.reshape(tf.matmul(x, flat), [-1, places, tf.shape(flat)[1]])
-        return Cohort(x, gram, products, places, self._units)
+        return Cohort(x, gram, tf.cast(gram, tf.float32), products, places, self._units)
 
     def _rows(self, clients: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Each place's row, (clients, places); a client's first row behind its last example."""
