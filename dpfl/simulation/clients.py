@@ -60,7 +60,7 @@ class Training:
             order of summation is the same everywhere.
     """
 
-    lanes = 1
+    lanes = 2
 
     def __init__(self, examples: Examples, model: FunctionalModel, local: ClientTraining, query: Query) -> None:
         self._examples, self._model, self._local, self._query = examples, model, local, query
@@ -139,8 +139,6 @@ class Training:
 
 class OneByOne(Training):
     """Clients train one after the other: for models whose own operations are large, and for DP-SGD at the client."""
-
-    lanes = 2
 
     def chunk_size(self, state: State) -> int:
         """One."""
@@ -225,6 +223,8 @@ class SideBySide(Training):
     ) -> None:
         super().__init__(examples, model, local, query)
         self._together, self._span = together, span
+        if together:
+            self.lanes = 1  # Configurations fill an operation, and workers of a study have one thread.
 
     def chunk_size(self, state: State) -> tf.Tensor:
         """As many clients as fit the cache with all their configurations, at least one."""

@@ -30,6 +30,7 @@ from typing import Any
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # or actors take the environment of the `uv run` around the benchmark
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # a warning otherwise
 # When one of its workers crashes, Ray kills its process group, which could be that of this process and run.py.
 os.environ["RAY_process_group_cleanup_enabled"] = "0"  # noqa: SIM112

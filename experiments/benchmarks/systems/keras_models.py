@@ -92,9 +92,9 @@ MODELS: dict[str, Callable[[], tf.keras.Model]] = {
 }
 
 
-def use_threads(threads: int) -> None:
-    """Lets TensorFlow use so many threads within an operation and across operations; before it does anything."""
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
+def use_threads(threads: int, within_operation: int | None = None) -> None:
+    """Lets TensorFlow use so many threads across operations and within each; before it does anything."""
+    tf.config.threading.set_intra_op_parallelism_threads(within_operation or threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
