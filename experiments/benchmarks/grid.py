@@ -78,9 +78,9 @@ def main() -> None:
         )
     console = Console()
     console.print(table)
-    priced = total / WORKERS
+    priced, done = total / WORKERS, int(runs["rounds"].sum())
     console.print(
-        f"dpfl tradeoff: {len(runs)} runs, {int(runs['rounds'].sum()):,} rounds in {ours:.1f} s with {WORKERS} workers; "
+        f"dpfl tradeoff: {len(runs)} runs, {done:,} rounds in {ours:.1f} s with {WORKERS} workers; "
         f"TFF's rounds on {WORKERS} processes that do not slow each other: {priced / 3600:.2f} h, "
         f"{priced / ours:,.0f} times as long."
     )
