@@ -89,7 +89,9 @@ def draw(
         decades = math.log10(high / low)
         # Room for the texts beside the longest bars, whose width does not depend on how many decades there are.
         axes[0].set_xlim(low * 10 ** (-0.06 * decades), high * 10 ** (0.3 * decades))
-        axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes[-1].xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+        )
         axes[-1].set_xlabel(
             f"milliseconds a {step} (median; line: lowest to highest; in brackets: ratio to {reference})"
         )
