@@ -77,11 +77,11 @@ class Cohort(NamedTuple):
         return tf.matmul(tf.one_hot(positions, self.places), of_products, transpose_a=True)
 
     def squared_norms(self, coefficients: tf.Tensor) -> tf.Tensor:
-        """Squared L2 norms of the kernel's updates, (clients, configurations), float32, never too small by more
-        than 1e-5, which the margin of the calibrated noise covers.
+        """Squared L2 norms of the kernel's updates, (clients, configurations), float32.
 
         In float64, because large coefficients can leave a small update. Where they cancel so far that the float32
-        product in `sum_of_scaled` could be longer than its exact value says, the bound of its rounding is added.
+        product in `sum_of_scaled` could be longer than its exact value says, the bound of its rounding is added;
+        below a hundred-thousandth of the norm, that bound is left out.
         """
         coefficients = tf.cast(coefficients, tf.float64)
         moved = tf.matmul(self.gram, coefficients)
