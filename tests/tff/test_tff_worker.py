@@ -61,6 +61,7 @@ from tensorflow_federated.python.core.impl.executor_stacks import executor_facto
 from dpfl.tff.runtime import tensorflow_federated
 
 folder, *ways = Path(sys.argv[1]), *sys.argv[2:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Whatever the tests were started with.
 running = {}
 
 
