@@ -49,10 +49,10 @@ _HOMES = {
     "Study": "dpfl.study",
     "TreeAggregation": "dpfl.mechanisms",
 }
-_MODULES = ("charts", "data", "mechanisms", "models", "privacy", "simulation", "study", "tff")
+_MODULES = ("charts", "data", "explore", "mechanisms", "models", "privacy", "simulation", "statistics", "study", "tff")
 
 if TYPE_CHECKING:
-    from dpfl import charts, data, mechanisms, models, privacy, simulation, study, tff
+    from dpfl import charts, data, explore, mechanisms, models, privacy, simulation, statistics, study, tff
     from dpfl.clients import ClientTraining
     from dpfl.clients.keras_door import (
         DPKerasAdagradOptimizer,
@@ -116,10 +116,12 @@ __all__ = [
     "TreeAggregation",
     "charts",
     "data",
+    "explore",
     "mechanisms",
     "models",
     "privacy",
     "simulation",
+    "statistics",
     "study",
     "tff",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import pydantic
@@ -68,16 +69,37 @@ def _unknown_field(config: type[Config], path: str, name: str) -> str:
     return f"'{path}' is not a setting of {config.__name__}: {hint}"
 
 
+def _group_at(config: type[Config], location: Sequence[int | str]) -> type[Config]:
+    """The group of settings at a place inside another; the members of a union go by their names there."""
+    by_name: dict[Any, type[Config]] = {}
+    for part in location:
+        if part in by_name:
+            config = by_name[part]
+            continue
+        members = _groups_in(config.model_fields[str(part)].annotation)
+        by_name = {member.model_fields["name"].default: member for member in members if "name" in member.model_fields}
+        config = members[0]
+    return config
+
+
+def _groups_in(annotation: Any) -> list[type[Config]]:
+    """The groups of settings that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [group for part in get_args(annotation) for group in _groups_in(part)]
+
+
 def _sentence(config: type[Config], error: pydantic_core.ErrorDetails) -> str:
     """One sentence for a person from pydantic's first complaint."""
     context = error.get("ctx", {})
     if isinstance(context.get("error"), InputError):
         return str(context["error"])
     path = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return _unknown_field(config, path, path)
-    if error["type"] == "missing":
-        return f"{config.__name__} lacks '{path}': give it a value."
+    if error["type"] in ("extra_forbidden", "missing"):
+        group, name = _group_at(config, error["loc"][:-1]), str(error["loc"][-1])
+        if error["type"] == "extra_forbidden":
+            return _unknown_field(group, path, name)
+        return f"{group.__name__} lacks '{name}': give it a value."
     if error["type"].startswith("union_tag"):
         known = context.get("expected_tags", "its name")
         return f"{path} must be given by {known}, but it was {error['input']!r}."

@@ -25,11 +25,11 @@ import typer
 from rich.console import Console
 
 import dpfl
-from dpfl.charts.intervals import summarise
 from dpfl.errors import InputError
 from dpfl.files import written_whole
 from dpfl.privacy import noise_multiplier
 from dpfl.progress import progress_bar
+from dpfl.statistics import summarise
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,7 +1,8 @@
 """How a chart looks: size, fonts, colours, axes, legend and caption."""
 
+import io
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -11,10 +12,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 DPI = 200
+_NOTEBOOK_DPI = 100
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 8,
@@ -43,6 +46,16 @@ _CAPTION_LETTERS = 107
 _MARKERS = "os^DvPX*<>"
 LINES = ("-", ":", "-.")
 _TICK_ROOM = 0.08
+_WIDE = 60
+
+
+class Chart(Figure):
+    """A figure that notebooks show by themselves, pyplot or not."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=_NOTEBOOK_DPI)
+        return buffer.getvalue()
 
 
 class Look(NamedTuple):
@@ -53,6 +66,8 @@ class Look(NamedTuple):
     linestyle: str = "-"
 
 
+# Okabe and Ito's colours, for kinds that have no order.
+_KINDS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 NON_PRIVATE = "non-private"
 PLAIN = Look(color="0.25", marker="", linestyle="--")
 style = mpl.rc_context(_STYLE)
@@ -65,14 +80,107 @@ def looks(values: Sequence[float]) -> dict[float, Look]:
     return {v: Look(c, m) for v, c, m in zip(values, colors, cycle(_MARKERS), strict=False)}
 
 
+def kinds(values: Sequence[str]) -> dict[str, Look]:
+    """Return a look for each of several kinds without an order, each with its marker."""
+    return {v: Look(c, m) for v, c, m in zip(values, cycle(_KINDS), cycle(_MARKERS), strict=False)}
+
+
 def start(xlabel: str) -> tuple[Figure, Axes]:
     """Return an empty figure and its axes, accuracy over a logarithmic x."""
-    figure = Figure(figsize=(5.5, 3.8), dpi=DPI, layout="constrained")
+    figure = Chart(figsize=(5.5, 3.8), dpi=DPI, layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel=xlabel, ylabel="Test accuracy")
     axes.margins(x=0.06)
-    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
+    percent(axes.yaxis)
     return figure, axes
+
+
+def map_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """Return an empty figure and its axes for a map of cells."""
+    figure = Chart(figsize=(5.5, 3.8), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(visible=False)
+    return figure, axes
+
+
+def cells(
+    figure: Figure,
+    axes: Axes,
+    accuracy: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    framed: Iterable[tuple[int, int]],
+) -> None:
+    """Draw a map of accuracies (rows, columns), the first row below, with a frame around some cells."""
+    colors = mpl.colormaps["viridis"].with_extremes(bad="0.92")
+    image = axes.imshow(accuracy, origin="lower", aspect="auto", cmap=colors)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    for (row, column), value in np.ndenumerate(accuracy):
+        dark = not np.isnan(value) and sum(image.to_rgba(value)[:3]) < 1.5
+        text = "×" if np.isnan(value) else f"{100 * value:.1f}"
+        axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=7.5)
+    for row, column in framed:
+        for width, color in ((3.2, "white"), (1.6, "black")):
+            axes.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fill=False, lw=width, ec=color))
+    bar = figure.colorbar(image, ax=axes, label="Test accuracy")
+    percent(bar.ax.yaxis)
+
+
+def frequency_axes(target: bool, noise: bool) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure with axes of accuracy over rounds: "target", "noise" with "spent" below it, or all of these."""
+    if target and not noise:
+        figure, axes = start("Rounds")
+        return figure, {"target": axes}
+    figure = Chart(figsize=(7.2 if target else 5.5, 4.2), dpi=DPI, layout="constrained")
+    layout: Any = [["target", "noise"], ["target", "spent"]] if target else [["noise"], ["spent"]]
+    panels = figure.subplot_mosaic(layout, height_ratios=[2.2, 1])
+    for name, axes in panels.items():
+        axes.set(xscale="log", xlabel="Rounds")
+        axes.margins(x=0.06)
+        if name != "spent":
+            percent(axes.yaxis)
+    panels["spent"].set(yscale="log", ylabel="ε spent")
+    decades(panels["spent"].yaxis, lambda value: f"{value:g}")
+    panels["spent"].tick_params(axis="y", labelsize=6)
+    if target:
+        panels["target"].set_ylabel("Test accuracy")
+    else:
+        panels["noise"].set_ylabel("Test accuracy")
+    return figure, panels
+
+
+def legend_beside(axes: Axes, of: Axes, title: str) -> None:
+    """Put the legend of some axes' lines to the right of others."""
+    handles, labels = of.get_legend_handles_labels()
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, 1), "borderaxespad": 0, "alignment": "left"}
+    axes.legend(handles, labels, title=title, **place)
+
+
+def panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, np.ndarray]:
+    """Return an empty figure of a size in inches, and its axes in rows and columns; `shared` as `Figure.subplots`."""
+    figure = Chart(figsize=size, dpi=DPI, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def percent(axis: Axis) -> None:
+    """Label an axis of fractions in percent."""
+    axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
+
+
+class _Decades(LogLocator):
+    """Ticks at powers of ten, and at 2 and 5 times these where there is room for them."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        self.set_params(subs=(1, 2, 5) if 0 < vmax < _WIDE * vmin else (1,))
+        return super().tick_values(vmin, vmax)
+
+
+def decades(axis: Axis, text: Callable[[float], str]) -> None:
+    """Put ticks of a logarithmic axis at powers of ten, or closer, labelled by a function of their value."""
+    axis.set_major_locator(_Decades())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_locator(NullLocator())
 
 
 def line(axes: Axes, points: pd.DataFrame, x: str, look: Look, label: str, shift: float = 0) -> None:
@@ -105,25 +213,32 @@ def ceiling(axes: Axes, points: pd.DataFrame) -> None:
         axes.axhspan(low, high, color=PLAIN.color, alpha=0.1, linewidth=0)
 
 
-def ticks(axis: Axis, values: Sequence[float], labels: Sequence[str]) -> None:
-    """Put a tick at each value and label as many as have room."""
+def ticks(axis: Axis, values: Sequence[float], labels: Sequence[str], room: float = _TICK_ROOM) -> None:
+    """Put a tick at each value and label as many as have room, which is a fraction of the axis."""
     span = np.log(values[-1] / values[0])
     shown: list[str] = []
     last = -np.inf
     for value, label in zip(values, labels, strict=True):
-        room = span == 0 or np.log(value) - last >= _TICK_ROOM * span
-        shown.append(label if room else "")
-        last = np.log(value) if room else last
+        fits = span == 0 or np.log(value) - last >= room * span
+        shown.append(label if fits else "")
+        last = np.log(value) if fits else last
     axis.set_major_locator(FixedLocator(values))
     axis.set_major_formatter(FixedFormatter(shown))
     axis.set_minor_locator(NullLocator())
 
 
-def finish(figure: Figure, axes: Axes, legend: str, paragraphs: Iterable[Iterable[str]]) -> Figure:
-    """Add the legend beside the axes and the caption below them, and lay the figure out."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -0.02), min(high, 1.02))
-    axes.legend(title=legend, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, alignment="left")
+def within(axes: Axes) -> None:
+    """Keep an axis of fractions between 0 and 1."""
+    if axes.get_yscale() == "linear":
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
+
+
+def finish(figure: Figure, axes: Axes | None, legend: str, paragraphs: Iterable[Iterable[str]]) -> Figure:
+    """Add the legend beside the axes (None for no legend) and the caption below them, and lay the figure out."""
+    if axes is not None:
+        within(axes)
+        axes.legend(title=legend, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, alignment="left")
     texts = (" ".join(filter(None, sentences)) for sentences in paragraphs)
     unbroken = (text.replace("δ = ", "δ\u00a0=\u00a0") for text in texts)
     caption = "\n".join(textwrap.fill(text, _CAPTION_LETTERS) for text in unbroken)

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from dpfl.charts.intervals import summarise
-from dpfl.charts.runs import best, clipped, finished, plain, prepare
+from dpfl.charts.runs import CLIP, best, clipped, finished, plain, prepare_clips
+from dpfl.statistics import summarise
 
 
 def best_settings(frame: pd.DataFrame) -> pd.DataFrame:
@@ -20,10 +20,10 @@ def best_settings(frame: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: If the frame lacks columns or has no finished run.
     """
-    runs = prepare(frame)
+    runs = prepare_clips(frame)
     columns = ["mechanism", "epsilon", "clip_norm", "rounds", "noise_multiplier"]
     chosen = [
-        best(part, per=["mechanism", "epsilon", "delta"], over=["rounds", "clip_norm"])
+        best(part, per=["epsilon", "delta"], over=["rounds", *CLIP])
         for part in (clipped(runs), plain(runs))
         if len(part)
     ]

@@ -1,6 +1,6 @@
 """What a chart says in words: numbers, lists and the caption."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,9 @@ _NAMES = {
     "balls_in_bins": "balls-in-bins",
     "everyone": "no",
     "gaussian": "Gaussian mechanism",
+    "adaptive_clipping": "Gaussian mechanism with adaptive clipping",
+    "tree_aggregation": "tree aggregation (DP-FTRL)",
+    "none": "noise in the clients' local steps (DP-SGD)",
     "skellam": "distributed Skellam mechanism",
     "discrete_gaussian": "distributed discrete Gaussian mechanism",
     "banded_matrix": "banded matrix factorisation",
@@ -53,6 +56,66 @@ def level(private: pd.DataFrame) -> str:
     return f"{private['unit'].iloc[0]}-level"
 
 
+_SHORT_NAMES = {
+    "gaussian": "Gaussian",
+    "adaptive_clipping": "Gaussian, adaptive clip",
+    "tree_aggregation": "tree (DP-FTRL)",
+    "banded_matrix": "banded matrix (DP-FTRL)",
+    "skellam": "distributed Skellam",
+    "discrete_gaussian": "distr. discrete Gaussian",
+    "local_gaussian": "local Gaussian",
+    "local_laplace": "local Laplace",
+    "none": "DP-SGD at clients",
+}
+
+
+def short_name(mechanism: str) -> str:
+    """Return the name of a mechanism for a legend."""
+    return _SHORT_NAMES.get(mechanism, name(mechanism))
+
+
+def guarantees(private: pd.DataFrame, deltas: list[float]) -> str:
+    """Return the sentence that states what the private runs guarantee, mechanism by mechanism."""
+    parts = []
+    for mechanism, runs in private.groupby("mechanism", sort=False):
+        run = runs.iloc[0]
+        relation = neighbours(run["relation"], run["unit"])
+        parts.append(
+            f"{short_name(str(mechanism))}: {name(run['sampler'])} sampling, {relation}, {name(run['accountant'])}"
+        )
+    alike = (
+        "" if len(private["relation"].unique()) == 1 else " The relations differ, so equal ε are not equal promises."
+    )
+    return (
+        f"Guarantee: {level(private)} (ε, δ)-differential privacy, δ = {several(map(number, deltas))}. "
+        f"Sampling, how neighbours differ, and accountant: {'; '.join(parts)}.{alike}"
+    )
+
+
+def adaptive(quantiles: pd.Series) -> str:
+    """Return the sentence that explains the stars of adaptive clipping; empty if there are none."""
+    if quantiles.empty:
+        return ""
+    values = several(number(value) for value in sorted(quantiles.unique()))
+    return (
+        f"Stars: adaptive clipping to the quantile {values.replace(' and ', ' or ')} of the norms (the best on "
+        "validation), at the clip norm of its last round."
+    )
+
+
+def seeds(counts: pd.Series) -> str:
+    """Return the sentence that says how many seeds a mean has."""
+    return f"{span(counts)} seeds."
+
+
+def left_out(runs: pd.DataFrame) -> str:
+    """Return the sentences about runs that `prepare` left out; empty if it left none out."""
+    failed, fixed = runs.attrs.get("failed", 0), runs.attrs.get("at_fixed_noise", 0)
+    sentences = [f"{failed} of {runs.attrs['all']} runs failed: left out."] if failed else []
+    sentences += [f"{fixed} runs at fixed noise, without a target ε, are left out."] if fixed else []
+    return " ".join(sentences)
+
+
 def guarantee(private: pd.DataFrame, deltas: list[float]) -> str:
     """Return the sentence that states what the private runs guarantee."""
     if private.empty:
@@ -62,7 +125,8 @@ def guarantee(private: pd.DataFrame, deltas: list[float]) -> str:
     return (
         f"Guarantee: {level(private)} (ε, δ)-differential privacy, δ = {several(map(number, deltas))}; "
         f"neighbours differ {relation.format(unit=run['unit'])}; "
-        f"{name(run['mechanism'])}; {name(run['sampler'])} sampling; {name(run['accountant'])} accountant."
+        f"{' or '.join(map(name, private['mechanism'].unique()))}; {name(run['sampler'])} sampling; "
+        f"{name(run['accountant'])} accountant."
         f"{_extrapolation(private)}"
     )
 
@@ -85,8 +149,20 @@ def setting(runs: pd.DataFrame) -> str:
     run = runs.iloc[0]
     return (
         f"Dataset {run['dataset']}, model {run['model']}, {run['clients']:,} clients, "
-        f"{number(run['cohort'])} expected per round."
+        f"{span(runs['cohort'])} expected per round.{_shared(runs)}"
     )
+
+
+def _shared(runs: pd.DataFrame) -> str:
+    """Return what else all runs share, as sentences: their local work and their Dirichlet partition, where known."""
+    sentences = ""
+    for column in ("local_steps", "local_epochs"):
+        if column in runs and runs[column].notna().all() and len(runs[column].unique()) == 1:
+            sentences += f" Local {column.removeprefix('local_')} in a round: {number(runs[column].iloc[0])}."
+    if "dirichlet_alpha" in runs and len(runs["dirichlet_alpha"].unique()) == 1:
+        alpha = float(runs["dirichlet_alpha"].iloc[0])
+        sentences += " Examples dealt to clients at random." if np.isinf(alpha) else f" Dirichlet α: {number(alpha)}."
+    return sentences
 
 
 def statistics(seeds: pd.Series) -> str:
@@ -102,10 +178,14 @@ def clip_choice(clipped: pd.DataFrame, prices: Mapping[float, float] | None) -> 
     """Return the sentence that says which clip norm a point has, and what choosing it costs."""
     if clipped.empty:
         return ""
-    values = len(clipped["clip_norm"].unique())
+    values = len(clipped[["mechanism", "clip_norm", "clip_quantile"]].drop_duplicates())
     if values == 1:
         return f"All clipped runs have clip norm {number(clipped['clip_norm'].iloc[0])}."
-    chosen = "Each point has the clip norm with the best mean validation accuracy; that choice is not charged to ε."
+    adaptive = " (or adaptive clipping)" if len(clipped["mechanism"].unique()) > 1 else ""
+    chosen = (
+        f"Each point has the clip norm{adaptive} with the best mean validation accuracy; that choice is not charged "
+        "to ε."
+    )
     if not prices:
         return chosen
     return (
@@ -133,7 +213,7 @@ def plain(rounds: pd.Series) -> str:
     """Return the sentence that explains the dashed line, from the number of rounds it has, if any."""
     if rounds.empty:
         return ""
-    over = f" ({number(rounds.iloc[0])} rounds)" if len(rounds) == 1 else ""
+    over = f" ({number(rounds.iloc[0])} rounds)" if len(rounds.unique()) == 1 else ""
     return f"Dashed: federated averaging without clip and noise{over}."
 
 
@@ -150,3 +230,45 @@ def diverged(runs: pd.DataFrame) -> str:
     if not count:
         return ""
     return f"{count} of {len(runs)} runs diverged: not in the means, counted as 0% in choices."
+
+
+def span(values: pd.Series) -> str:
+    """Return "30", or "30 to 90" where values differ."""
+    low, high = values.min(), values.max()
+    return number(low) if low == high else f"{number(low)} to {number(high)}"
+
+
+def choice(clipped: pd.DataFrame, what: str = "point", per: Sequence[str] = ()) -> str:
+    """Return the sentence that says which clip norm and number of rounds each point or line has.
+
+    Args:
+        clipped: The runs with a clip.
+        what: What the choice is made for.
+        per: The columns whose values each have a choice of their own.
+    """
+    if clipped.empty:
+        return ""
+    phrases = {"clip_norm": "clip norm", "rounds": "number of rounds"}
+    groups = [part for _, part in clipped.groupby(list(per), dropna=False)] if per else [clipped]
+    several_of = [column for column in phrases if any(len(part[column].unique()) > 1 for part in groups)]
+    if several_of:
+        best = f"the {several(phrases[column] for column in several_of)} with the best mean validation accuracy"
+        return f"Each {what} has {best}; that choice is not charged to ε."
+    alone = [column for column in phrases if len(clipped[column].unique()) == 1]
+    values = {
+        "clip_norm": f"clip norm {number(clipped['clip_norm'].iloc[0])}",
+        "rounds": f"{number(clipped['rounds'].iloc[0])} rounds",
+    }
+    return f"All clipped runs have {several(values[column] for column in alone)}." if alone else ""
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in decimal units: 800 B, 1.2 MB."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    place = int(min(max(np.floor(np.log10(max(count, 1)) / 3 + 1e-9), 0), len(units) - 1))
+    return f"{count / 1000**place:.3g} {units[place]}"
+
+
+def neighbours(relation: str, unit: str) -> str:
+    """Return how neighbouring datasets differ, such as "by adding or removing one user"."""
+    return _RELATIONS.get(relation, f"in the sense of {name(relation)} ({{unit}})").format(unit=unit)

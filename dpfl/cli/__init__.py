@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from dpfl.cli import accounting
+from dpfl.cli import accounting, studies
 from dpfl.errors import InputError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 app = typer.Typer(
     name="dpfl",
@@ -40,7 +35,11 @@ _DEFAULT_GRID = _Grid("0.5,1,2,4,8,none", "0.1,0.25,0.5,1,2", "10,30,100,300", 3
 _QUICK_GRID = _Grid("1,8,none", "0.5", "10,30", 30)
 
 
-for _command in (accounting.epsilon, accounting.noise, accounting.rounds, accounting.cohort, accounting.verify):
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    *(studies.study, studies.chart, studies.export),
+    *(accounting.epsilon, accounting.noise, accounting.rounds, accounting.cohort, accounting.verify),
+)
+for _command in _COMMANDS:
     app.command()(_command)
 
 
@@ -88,6 +87,9 @@ def tradeoff(
     label_column: Annotated[str | None, typer.Option(help="Column of the label, for files.")] = None,
     features: Annotated[
         str | None, typer.Option(help="Columns to learn from, separated by commas, for files. [all others]")
+    ] = None,
+    label_bins: Annotated[
+        int | None, typer.Option(help="Cut a numeric label into so many classes at its quantiles, for tables.")
     ] = None,
     standardize: Annotated[
         bool,
@@ -138,14 +140,12 @@ def tradeoff(
         ),
     ] = "graph",
     seeds: Annotated[int, typer.Option(help="Number of seeds; every configuration uses the same ones.")] = 3,
-    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. [one for each core]")] = None,
+    workers: studies.WorkersOption = None,
+    ray: studies.RayOption = None,
     out: Annotated[Path, typer.Option(help="Folder for tables and figures; finished runs in it are kept.")] = Path(
         "runs/tradeoff"
     ),
-    checkpoint_every: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rounds after which a run that has not ended is kept too; for long runs. [never]"),
-    ] = None,
+    checkpoint_every: studies.CheckpointOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run: a small grid where no other is given.")] = False,
 ) -> None:
     """Train over epsilon x clip norm x number of rounds, and chart accuracy against privacy."""
@@ -164,6 +164,7 @@ def tradeoff(
         label=label_column,
         features=None if features is None else [name.strip() for name in features.split(",")],
         standardize=standardize or None,
+        label_bins=label_bins,
     )
     print(federated.summary())
     grid = _QUICK_GRID if quick else _DEFAULT_GRID
@@ -198,21 +199,10 @@ def tradeoff(
         deployment=deployment,
         engine=engine,
     )
-    total, pending = len(study.run_ids), study.pending(out)
-    if pending < total:
-        print(f"{total - pending} of {total} runs are finished in {out} and kept; {pending or 'none'} to do.")
-    try:
-        frame = study.run(out, workers=workers, checkpoint_every=checkpoint_every).frame()
-    except KeyboardInterrupt:
-        print(
-            f"\ninterrupted: {total - study.pending(out)} of {total} finished runs are kept in {out}; "
-            "the same command goes on from there.",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
-    _chart(frame, out, tuning_prices(study, ["mechanism.clip_norm"]))
-    _print_best(frame, tuning_prices(study, ["mechanism.clip_norm", "rounds"]))
-    print(f"Tables and figures: {out}/runs.csv, history.csv, epsilon.png, clipping.png, round_frequency.png")
+    store = studies.run(study, out, workers, ray, checkpoint_every)
+    studies.draw(store, ("png",), studies.remember_prices(study, store))
+    studies.print_best(study.frame(), tuning_prices(study, ["mechanism.clip_norm", "rounds"]))
+    print(f"Tables: {out}/runs.csv, runs.parquet, history.parquet")
 
 
 def _numbers(name: str, text: str, kind: type, none_allowed: bool = False) -> list[Any]:
@@ -234,53 +224,3 @@ def _numbers(name: str, text: str, kind: type, none_allowed: bool = False) -> li
 def _default_delta(clients: int) -> float:
     """The largest power of ten below 1 / clients."""
     return float(f"1e-{len(str(clients))}")
-
-
-def _chart(frame: pd.DataFrame, folder: Path, prices: dict[float, float]) -> None:
-    from dpfl import charts
-
-    for name, more in (("epsilon", {"prices": prices}), ("clipping", {}), ("round_frequency", {"prices": prices})):
-        try:
-            figure = getattr(charts, name)(frame, **more)
-        except InputError as error:
-            print(f"no {name}.png: {error}", file=sys.stderr)
-        else:
-            charts.save(figure, folder / f"{name}.png")
-
-
-def _print_best(frame: pd.DataFrame, prices: dict[float, float]) -> None:
-    """Prints the best setting for each epsilon, and what epsilon becomes if the choice is charged."""
-    import pandas as pd
-
-    from dpfl import charts
-
-    first = frame.iloc[0]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{first['dataset']}: best of the grid by validation accuracy, reported on the test split",
-        caption="±: 95 % Student t over seeds. Epsilon does not cover the choice of the best. With choice: epsilon of "
-        "releasing just the best of a random number of random settings, on average as many as the grid has",
-    )
-    if frame["deployment_clients"].notna().any():
-        spent = frame.loc[frame["epsilon"].notna(), "epsilon_spent"]
-        print(
-            f"Extrapolated: epsilon holds for {first['deployment_clients']:,.0f} clients with "
-            f"{first['deployment_cohort']:,.0f} in a round; the {first['clients']:,} simulated ones have "
-            + ("no guarantee." if spent.isna().any() else f"epsilon up to {spent.max():,.4g}.")
-        )
-    for heading in ("epsilon", "with\nchoice", "noise\nmultiplier", "clip\nnorm", "rounds", "test\naccuracy"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in charts.best_settings(frame).to_dict("records"):
-        no_noise = "plain averaging" if row["mechanism"] == "none" else "no noise"
-        table.add_row(
-            no_noise if pd.isna(row["epsilon"]) else f"{row['epsilon']:g}",
-            "-" if pd.isna(row["epsilon"]) else f"{prices[row['epsilon']]:.3g}",
-            f"{row['noise_multiplier']:g}" if row["noise_multiplier"] else "-",
-            "-" if pd.isna(row["clip_norm"]) else f"{row['clip_norm']:g}",
-            f"{row['rounds']}",
-            f"{row['mean']:.1%}" + ("" if pd.isna(row["high"]) else f" ± {row['high'] - row['mean']:.1%}"),
-        )
-    Console().print(table)
-    diverged = int((frame["status"] == "diverged").sum())
-    if diverged:
-        print(f"{diverged} of {len(frame)} runs diverged; they are recorded as such in runs.csv.")

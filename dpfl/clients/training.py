@@ -16,6 +16,8 @@ Optimizer = Literal["sgd", "momentum", "adam"]
 # The kinds that `dpfl.clients.per_example` implements, named here so that settings need no TensorFlow.
 ExampleClipping = Literal["flat", "per_layer", "automatic"]
 
+_OF_EXAMPLE_PRIVACY = ("example_noise", "example_clipping", "example_sampling", "max_batch_size", "microbatch_size")
+
 
 class ClientTraining(Config):
     """What each client of a round does: local steps of SGD, momentum or Adam on minibatches of its own examples.
@@ -91,7 +93,7 @@ class ClientTraining(Config):
 
     def _check_plain(self) -> None:
         """Refuses settings of DP-SGD where clients do not train by it: they would protect nobody."""
-        for name in ("example_noise", "example_clipping", "example_sampling", "max_batch_size", "microbatch_size"):
+        for name in _OF_EXAMPLE_PRIVACY:
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 raise InputError(
@@ -134,6 +136,11 @@ class ClientTraining(Config):
     def is_private(self) -> bool:
         """Whether clients clip each example's gradient, with noise or without."""
         return self.example_clip is not None
+
+    def without_example_privacy(self) -> ClientTraining:
+        """The same local steps without clip and noise for examples."""
+        names = ("example_clip", *_OF_EXAMPLE_PRIVACY)
+        return self.replace(**{name: type(self).model_fields[name].default for name in names})
 
     @property
     def is_proximal(self) -> bool:

@@ -233,7 +233,8 @@ def distinct_labels(
     codes, distinct = encode(labels, what)
     if distinct.dtype.kind == "f" and len(distinct) > _MOST_FLOATING_POINT_CLASSES:
         raise InputError(
-            f"{what} have {len(distinct)} different floating-point values, but classes are needed: bin them first."
+            f"{what} have {len(distinct)} different floating-point values, but classes are needed: label_bins=3 "
+            "makes three of a table's."
         )
     if num_classes not in (None, len(distinct)):
         raise InputError(f"{what} have {len(distinct)} different values, but num_classes is {num_classes}.")

@@ -30,6 +30,7 @@ def from_file(
     label: str | None = None,
     features: Sequence[str] | None = None,
     standardize: bool = False,
+    label_bins: int | None = None,
     name: str | None = None,
     clients: int | None = None,
     partition: str | None = None,
@@ -51,6 +52,7 @@ def from_file(
         label: Column with the class; not for .npz.
         features: Columns to learn from; not for .npz.
         standardize: See `from_dataframe`; not for .npz.
+        label_bins: See `from_dataframe`; not for .npz.
         name: What charts and records call the dataset; the file's name by default.
         clients: See `from_arrays`, as for all that follow.
         partition: See `from_arrays`.
@@ -77,14 +79,14 @@ def from_file(
         seed=seed,
     )
     if suffix == ".npz":
-        if label is not None or features is not None or standardize:
-            raise InputError(f"label, features and standardize are for tables: leave them out for {path}.")
+        if label is not None or features is not None or standardize or label_bins is not None:
+            raise InputError(f"label, features, standardize and label_bins are for tables: leave them out for {path}.")
         x, y, client_ids, held_out = read_npz(path, client)
         return from_arrays(x, y, client_ids, **held_out, **options)
     frame = _read(path, partial(_read_table, suffix=suffix))
     if label is None:
         raise InputError(f"nothing says which column of {path} is the label: {instead(None, frame.columns)}")
-    return from_dataframe(frame, client, label, features, standardize=standardize, **options)
+    return from_dataframe(frame, client, label, features, standardize=standardize, label_bins=label_bins, **options)
 
 
 class HeldOut(TypedDict, total=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ def from_dataframe(
     features: Sequence[str] | None = None,
     *,
     standardize: bool = False,
+    label_bins: int | None = None,
     name: str = "dataframe",
     clients: int | None = None,
     partition: str | None = None,
@@ -45,6 +47,8 @@ def from_dataframe(
         features: Columns to learn from; by default all but the client and the label.
         standardize: Scale numeric columns (neither booleans nor categories) to mean 0 and standard deviation
             1 over the training examples. The guarantee does not cover these statistics, and says so.
+        label_bins: Cut a numeric label, such as a score, into so many classes at its quantiles over all rows, held-out
+            ones included. The guarantee does not cover these boundaries, and says so.
         name: What charts and records call the dataset.
         clients: See `from_arrays`, as for all that follow.
         partition: See `from_arrays`.
@@ -73,8 +77,14 @@ def from_dataframe(
             "feature is needed and no column may be used twice."
         )
     x, scalable, categorical = _features(frame[features])
-    labels, class_names = distinct_labels(frame[label], f"the labels in column {label!r}")
-    assumptions = [f"The classes in column {label!r} are treated as public."]
+    if label_bins is None:
+        labels, class_names = distinct_labels(frame[label], f"the labels in column {label!r}")
+        assumptions = [f"The classes in column {label!r} are treated as public."]
+    else:
+        labels, class_names = _binned(frame[label], label, label_bins)
+        assumptions = [
+            f"The boundaries of the classes in column {label!r} are quantiles of its values, which are not covered."
+        ]
     if categorical:
         assumptions.append(f"The categories in {', '.join(map(repr, categorical))} are treated as public.")
     return assemble(
@@ -93,6 +103,22 @@ def from_dataframe(
         split=split,
         seed=seed,
     )
+
+
+def _binned(values: pd.Series, column: str, bins: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns classes with about as many examples each, and their names."""
+    import pandas as pd
+
+    if not pd.api.types.is_numeric_dtype(values) or not np.isfinite(values.to_numpy(np.float64)).all():
+        raise InputError(f"label_bins cuts numbers into classes, but column {column!r} has others: leave it out.")
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
+        raise InputError(f"label_bins is {bins!r}, but a number of classes, at least 2, is needed.")
+    codes, edges = pd.qcut(values, bins, labels=False, retbins=True, duplicates="drop")
+    inner = [f"{edge:.6g}" for edge in edges[1:-1]]
+    if not inner:
+        raise InputError(f"column {column!r} has too few different values for {bins} classes: leave label_bins out.")
+    between = [f"above {low} to {high}" for low, high in itertools.pairwise(inner)]
+    return codes.to_numpy(np.int64), (f"up to {inner[0]}", *between, f"above {inner[-1]}")
 
 
 def _features(frame: pd.DataFrame) -> tuple[np.ndarray, list[int], list[str]]:

@@ -76,6 +76,10 @@ class AdaptiveClippingSumQuery(ClippingSumQuery):
         """A sum of zero in the template's structure, and a count of zero."""
         return self.SampleState(super().initial_sample_state(template), tf.constant(0.0))
 
+    def exact_sum(self, sample_state: SampleState) -> Any:
+        """See `SumQuery.exact_sum`."""
+        return sample_state.total
+
     def sent(self, params: tf.Tensor, clipped: Any, norms: tf.Tensor) -> SampleState:
         """The clipped record, and whether it was within the clip norm: 1/2 if so, -1/2 if not.
 

@@ -131,6 +131,14 @@ class BaseMechanism(Config):
         """Refuses samplers under which the mechanism has no known analysis."""
         sampler.check_relation(relation)
 
+    def update_bytes(self, parameters: int) -> int:
+        """Bytes that a client sends in a round.
+
+        Args:
+            parameters: the number of coordinates of an update.
+        """
+        return 4 * parameters  # float32
+
     # What is the same for all.
 
     def mean_query(self, plan: Plan, seed: int, template: Any) -> MeanQuery:

@@ -122,6 +122,11 @@ class DistributedMechanism(BaseMechanism):
     # What is the same for all.
 
     @override
+    def update_bytes(self, parameters: int) -> int:
+        """Integers modulo 2 ** bits for the coordinates of the rotated update, packed."""
+        return math.ceil(padded_dimension(parameters) * self.bits / 8)
+
+    @override
     def assumptions(self, sampler: BaseSampler) -> tuple[str, ...]:
         return (*_SECURE_AGGREGATION, *sampler.assumptions)
 

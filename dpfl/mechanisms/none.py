@@ -49,6 +49,14 @@ class NoMechanism(Config):
                 "or epsilon none."
             )
 
+    def update_bytes(self, parameters: int) -> int:
+        """Bytes that a client sends in a round: float32, and its weight where updates have weights.
+
+        Args:
+            parameters: the number of coordinates of an update.
+        """
+        return 4 * parameters + 4 * (self.weighting == "examples")
+
     def event(self, *_: Any) -> dp_accounting.DpEvent:
         """Whatever was done, nothing is guaranteed."""
         return dp_accounting.NonPrivateDpEvent()

@@ -80,6 +80,10 @@ class SumQuery(SumAggregationDPQuery):
         """The norm to which records are clipped under these params, a float32 scalar."""
         raise NotImplementedError
 
+    def exact_sum(self, sample_state: Any) -> Any:
+        """The sum before the server's noise, in the structure of a record, or None where nobody knows it. Private."""
+        return None
+
 
 class ClippingSumQuery(SumQuery):
     """A sum of records clipped in L2 norm; the sample params are the clip norm, a field of the global state."""
@@ -96,6 +100,10 @@ class ClippingSumQuery(SumQuery):
     def clip_norm(self, params: tf.Tensor) -> tf.Tensor:
         """The clip norm."""
         return params
+
+    def exact_sum(self, sample_state: Any) -> Any:
+        """See `SumQuery.exact_sum`."""
+        return sample_state
 
     def preprocess_record(self, params: tf.Tensor, record: Any) -> Any:
         """Scales a record down to the clip norm, or to zero where its norm is not finite.
@@ -138,6 +146,15 @@ class MeanQuery(NormalizedQuery):
     def sent(self, params: tf.Tensor, clipped: Any, norms: tf.Tensor) -> Any:
         """See `ClippingSumQuery.sent`; only of queries that only clip."""
         return self._sum.sent(params, clipped, norms)
+
+    def exact_result(self, sample_state: Any) -> Any:
+        """What `get_noised_result` gives but for the noise, or None where nobody knows it. Private."""
+        exact = self._sum.exact_sum(sample_state)
+        return (
+            None
+            if exact is None
+            else tf.nest.map_structure(lambda part: part / tf.cast(self._denominator, tf.float32), exact)
+        )
 
     def client_params(self, params: Any, client: tf.Tensor, examples: tf.Tensor | None = None) -> Any:
         """See `SumQuery.client_params`.

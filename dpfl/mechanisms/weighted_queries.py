@@ -55,6 +55,9 @@ class WeightedMeanQuery(SumAggregationDPQuery):
         """Infinity: nothing is clipped."""
         return tf.constant(float("inf"))
 
+    def exact_result(self, sample_state: SampleState) -> None:
+        """See `MeanQuery.exact_result`: there is no noise to compare with."""
+
     def initial_sample_state(self, template: Any = None) -> SampleState:
         """A sum of zero in the template's structure, and a weight of zero."""
         return self.SampleState(super().initial_sample_state(template), tf.constant(0.0))

@@ -18,7 +18,16 @@ from dpfl.mechanisms.queries import MeanQuery, clip_scale, global_norm
 from dpfl.mechanisms.weighted_queries import WeightedMeanQuery
 from dpfl.models.functional import FunctionalModel
 from dpfl.simulation.span import Cohort, Span
-from dpfl.simulation.state import Measurements, PrivateSettings, Settings, State, expanded, for_each, unstacked
+from dpfl.simulation.state import (
+    Measurements,
+    PrivateSettings,
+    Settings,
+    State,
+    expanded,
+    for_each,
+    norm_counts,
+    unstacked,
+)
 
 # Side by side, clients become batched matrix products: faster while the cost of an operation is its dispatch, slower
 # once what they change no longer fits the cache. Counted in float32 numbers.
@@ -87,10 +96,12 @@ class Training:
         finite = tf.math.is_finite(norms)
         return Measurements(
             tf.reduce_sum(tf.where(finite, norms, 0.0), axis=0),
+            norm_counts(norms, finite),
             tf.reduce_sum(tf.cast(finite & (norms > clip_norm), tf.float32), axis=0),
             tf.reduce_sum(tf.cast(~finite, tf.float32), axis=0),
             clip_norm,
             examples_clipped,
+            tf.zeros_like(clip_norm),
         )
 
     def _preprocess(self, params: Any, update: list[tf.Tensor], client: tf.Tensor, examples: tf.Tensor) -> Any:

@@ -42,15 +42,28 @@ class RayCluster(Config):
         Raises:
             InputError: Ray is not installed, the cluster cannot be reached, or it has no room for the actors.
         """
-        ray = _ray()
-        from dpfl.simulation.ray_rounds import Actors
+        with self.connected() as ray:
+            from dpfl.simulation.ray_rounds import Actors
 
+            with Actors(ray, self._count(ray), self.threads) as actors:
+                yield actors
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[Any]:
+        """Connects to the cluster for as long as the block runs, unless this process is connected already.
+
+        Yields:
+            The module `ray`.
+
+        Raises:
+            InputError: Ray is not installed, or the cluster cannot be reached.
+        """
+        ray = _ray()
         was_connected = ray.is_initialized()
         try:
             if not was_connected:
                 self._connect(ray)
-            with Actors(ray, self._count(ray), self.threads) as actors:
-                yield actors
+            yield ray
         finally:
             if not was_connected:
                 ray.shutdown()

@@ -19,6 +19,7 @@ from dpfl.clients.example_privacy import ClientPlan
 from dpfl.clients.optimizers import optimizer_numbers
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Plan
+from dpfl.mechanisms.queries import global_norm
 from dpfl.models.functional import FunctionalModel
 from dpfl.randomness import Purpose, stateless_seed
 from dpfl.simulation.clients import Examples, OneByOne, Query, SideBySide, Training
@@ -26,7 +27,18 @@ from dpfl.simulation.data_tensors import resident_tensor
 from dpfl.simulation.rounds import arrays_of, structure_of
 from dpfl.simulation.server import ServerOptimizer
 from dpfl.simulation.span import Span
-from dpfl.simulation.state import Measurements, PrivateSettings, Settings, State, for_each, stacked, unstacked
+from dpfl.simulation.state import (
+    NORM_BINS,
+    NORM_QUANTILES,
+    Measurements,
+    PrivateSettings,
+    Settings,
+    State,
+    for_each,
+    norm_quantile,
+    stacked,
+    unstacked,
+)
 
 if TYPE_CHECKING:
     from dpfl.simulation.experiment import Experiment
@@ -35,6 +47,7 @@ if TYPE_CHECKING:
 _SIDE_BY_SIDE = 20_000
 _SIDE_BY_SIDE_IN_SPAN = 500_000
 _EVALUATION_BATCH = 1_000
+_ROUNDING = 1e-5  # Differences of float32 numbers that are smaller are no noise.
 
 
 class Engine:
@@ -194,6 +207,8 @@ class Engine:
 
     def _by_name(self, measured: Measurements) -> dict[str, np.ndarray]:
         values = {name: array.numpy() for name, array in measured._asdict().items()}
+        counts = values.pop("norm_counts")
+        values |= {name: norm_quantile(counts, level) for name, level in NORM_QUANTILES.items()}
         if not self._local.is_private:
             del values["example_clipped_fraction"]
         return values
@@ -256,19 +271,22 @@ class Engine:
     ) -> tuple[State, Measurements]:
         """Noise, mean and server step: the state after the round, and its measurements."""
 
-        def one(state: State, total: Any, server: tuple[tf.Tensor, ...]) -> State:
+        def one(state: State, total: Any, server: tuple[tf.Tensor, ...]) -> tuple[State, tf.Tensor]:
             mean_update, query_state, _ = self._query.get_noised_result(total, state.query)
             weights, server_state = self._server.apply(list(state.weights), mean_update, state.server, server)
-            return State(tuple(weights), server_state, query_state, state.round + 1)
+            after = State(tuple(weights), server_state, query_state, state.round + 1)
+            return after, _signal_to_noise(self._query.exact_result(total), mean_update)
 
         each = for_each if self._together else _apply
         clients = tf.cast(tf.maximum(size, 1), tf.float32)
+        state, signal_to_noise = each(one, state, total, settings.server)
         measured = measured._replace(
+            signal_to_noise=signal_to_noise,
             update_norm=measured.update_norm / clients,
             clipped_fraction=measured.clipped_fraction / clients,
             example_clipped_fraction=measured.example_clipped_fraction / clients,
         )
-        return each(one, state, total, settings.server), measured
+        return state, measured
 
     def _evaluate(self, weights: tuple[tf.Tensor, ...], x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Number of examples classified correctly, and the sum of their losses, both float64."""
@@ -376,8 +394,17 @@ def _apply(function: Callable[..., Any], *structures: Any) -> Any:
     return function(*structures)
 
 
+def _signal_to_noise(exact: Any, noisy: Any) -> tf.Tensor:
+    """Norm of what was sent divided by that of what was added; NaN where nothing was, or nothing exact is known."""
+    if exact is None:
+        return tf.constant(float("nan"))
+    signal, noise = global_norm(exact), global_norm([part - sent for part, sent in zip(noisy, exact, strict=True)])
+    return tf.where(noise > _ROUNDING * signal, signal / noise, float("nan"))
+
+
 def _zeros_like(clip_norm: tf.Tensor) -> Measurements:
-    return Measurements(*(tf.zeros_like(clip_norm) for _ in Measurements._fields))
+    zeros = Measurements(*(tf.zeros_like(clip_norm) for _ in Measurements._fields))
+    return zeros._replace(norm_counts=zeros.update_norm[..., None] * tf.zeros(NORM_BINS))
 
 
 def _added(one: Measurements, other: Measurements) -> Measurements:

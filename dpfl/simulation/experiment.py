@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,7 +49,8 @@ class Experiment(Config):
     """One training run but for its seed, validated when it is made.
 
     Attributes:
-        data: a `FederatedData`, or the name of a dataset that `dpfl.data.load` knows ("digits").
+        data: a `FederatedData`, the name of a dataset that `dpfl.data.load` knows ("digits"), or a mapping of that
+            function's arguments ({"source": "scores.csv", "client": "school", "label": "passed"}).
         model: "softmax", "mlp" or "cnn", a function that returns a new Keras model, or a Keras
             model, whose weights at this moment are the initial ones. It maps examples to logits.
         local: what a client does in a round, with or without example-level privacy.
@@ -85,7 +87,13 @@ class Experiment(Config):
     @pydantic.field_validator("data", mode="before")
     @classmethod
     def _load_named(cls, data: Any) -> Any:
-        return dpfl.data.load(data) if isinstance(data, str) else data
+        if isinstance(data, str):
+            return dpfl.data.load(data)
+        if isinstance(data, Mapping):
+            if "source" not in data:
+                raise InputError("data given by its settings needs a 'source': a name, a file or a folder.")
+            return dpfl.data.load(**data)
+        return data
 
     @pydantic.field_validator("model")
     @classmethod
@@ -243,6 +251,11 @@ class Experiment(Config):
     def run_id(self, seed: int) -> str:
         """Identifies a run by its settings, data, seed, and the versions of dpfl, TensorFlow and dp-accounting."""
         return hashlib.sha256(f"{self.identity} {seed}".encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def configuration(self) -> str:
+        """Identifies the settings and the data, whatever the seed and the versions."""
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def identity(self) -> str:

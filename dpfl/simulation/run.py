@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,8 @@ def run(
     model, rounds = _start(experiment, plan, client_plan, seed, actors)
     costs = _Costs(experiment, plan, client_plan)
     with contextlib.nullcontext() if checkpoints is None else checkpoints.of(experiment.run_id(seed)) as checkpoint:
-        done = _train(experiment, plan, seed, rounds, costs, started, advance, checkpoint)
+        traffic = _Traffic.of(experiment, model)
+        done = _train(experiment, plan, seed, rounds, costs, traffic, started, advance, checkpoint)
 
     return _result(experiment, plan, client_plan, seed, model, done, costs, rounds.weights())
 
@@ -89,6 +90,7 @@ def run_together(planned: Sequence[tuple[Experiment, Plan]], seed: int, advance:
     model, engine = _graph_engine(experiment, plan, together=True)
     rounds = TogetherRounds(engine, planned, seed)
     costs = [_Costs(experiment, plan, None) for experiment, plan in planned]
+    traffic = _Traffic.of(experiment, model)
     participations = np.zeros(plan.population, np.int64)
     histories: list[list[dict[str, Any]]] = [[] for _ in planned]
     for first in range(0, plan.rounds, experiment.evaluate_every):
@@ -98,7 +100,7 @@ def run_together(planned: Sequence[tuple[Experiment, Plan]], seed: int, advance:
             participations[cohort] += 1
         measured, evaluations = rounds.run(cohorts), rounds.evaluate()
         for own, history, values, cost in zip(evaluations, histories, measured, costs, strict=True):
-            history += _rows(numbers, cohorts, values, cost)
+            history += _rows(numbers, cohorts, values, cost, traffic)
             history[-1].update(zip(_EVALUATION, own, strict=True))
         advance(len(numbers) * len(planned))
     seconds = (time.perf_counter() - started) / len(planned)
@@ -127,7 +129,8 @@ def _result(
     record = {
         "run_id": experiment.run_id(seed),
         "status": "diverged" if lost_a_round or not math.isfinite(evaluation["loss"]) else "finished",
-        **_settings_columns(experiment, plan, client_plan, model),
+        "reason": None,
+        **_settings_columns(experiment, plan, client_plan, model.key, model.parameters),
         "rounds_done": plan.rounds,
         "epsilon_spent": promised.epsilon if math.isfinite(promised.epsilon) else None,
         "epsilon_extrapolated": None if plan.extrapolated is None else plan.extrapolated.epsilon,
@@ -137,6 +140,7 @@ def _result(
         "sampling_rate": plan.expected_cohort / plan.population,
         "seed": seed,
         **evaluation,
+        **_measured_columns(history),
         "seconds": done.seconds,
         "dpfl_version": dpfl.__version__,
     }
@@ -153,12 +157,40 @@ def _result(
     )
 
 
+def failed_record(
+    experiment: Experiment, plan: Plan, client_plan: ClientPlan | None, seed: int, reason: str
+) -> dict[str, Any]:
+    """The record of a run that came to nothing, with the columns that are known without it.
+
+    Args:
+        experiment: what was to run.
+        plan: of the server.
+        client_plan: of the clients.
+        seed: of the run.
+        reason: why there is no result, in words.
+    """
+    model = experiment.model
+    key, parameters = (model, None) if isinstance(model, str) else (model.key, model.parameters)
+    return {
+        "run_id": experiment.run_id(seed),
+        "status": "failed",
+        "reason": reason,
+        **_settings_columns(experiment, plan, client_plan, key, parameters),
+        "rounds_done": 0,
+        "noise_multiplier": plan.noise_multiplier,
+        "sampling_rate": plan.expected_cohort / plan.population,
+        "seed": seed,
+        "dpfl_version": dpfl.__version__,
+    }
+
+
 def _train(
     experiment: Experiment,
     plan: Plan,
     seed: int,
     rounds: Rounds,
     costs: _Costs,
+    traffic: _Traffic,
     started: float,
     advance: Callable[[int], None],
     checkpoint: Checkpoint | None,
@@ -171,6 +203,7 @@ def _train(
         seed: of the run.
         rounds: before the first round.
         costs: of the rounds.
+        traffic: of a client in a round.
         started: when this process began with the run, by `time.perf_counter`.
         advance: called with a number of rounds whenever so many more are done, those of the checkpoint first.
         checkpoint: of the run; None to keep nothing.
@@ -196,7 +229,7 @@ def _train(
         measured = rounds.run(cohorts)
         for cohort in cohorts:
             participations[cohort] += 1
-        history += _rows(numbers, cohorts, measured, costs)
+        history += _rows(numbers, cohorts, measured, costs, traffic)
         if end % experiment.evaluate_every == 0 or end == plan.rounds:
             history[-1].update(_evaluate(rounds))
         if checkpoint is not None and (end % checkpoint.every == 0 or end == plan.rounds):
@@ -205,8 +238,24 @@ def _train(
     return so_far()
 
 
+class _Traffic(NamedTuple):
+    """Bytes that a client sends and receives in a round."""
+
+    up: int
+    down: int
+
+    @classmethod
+    def of(cls, experiment: Experiment, model: FunctionalModel) -> _Traffic:
+        """Down come the weights in float32; what goes up is the mechanism's to say."""
+        return cls(experiment.mechanism.update_bytes(model.parameters), 4 * model.parameters)
+
+
 def _rows(
-    numbers: Sequence[int], cohorts: Sequence[np.ndarray], measured: Mapping[str, np.ndarray], costs: _Costs
+    numbers: Sequence[int],
+    cohorts: Sequence[np.ndarray],
+    measured: Mapping[str, np.ndarray],
+    costs: _Costs,
+    traffic: _Traffic,
 ) -> list[dict[str, Any]]:
     """The history of some rounds, without evaluations."""
     return [
@@ -215,6 +264,8 @@ def _rows(
             "cohort": len(cohort),
             "epsilon_spent": costs.target.after(number + 1),
             **{name: float(column[index]) for name, column in measured.items()},
+            "bytes_up": traffic.up * len(cohort),
+            "bytes_down": traffic.down * len(cohort),
         }
         for index, (number, cohort) in enumerate(zip(numbers, cohorts, strict=True))
     ]
@@ -331,6 +382,18 @@ def _evaluate(rounds: Rounds) -> dict[str, float]:
     return dict(zip(_EVALUATION, (*rounds.evaluate("test"), *rounds.evaluate("validation")), strict=True))
 
 
+def _measured_columns(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was measured over all rounds, as columns of `runs.csv`."""
+    ratios = [row["signal_to_noise"] for row in history if math.isfinite(row["signal_to_noise"])]
+    clip_norm = history[-1]["clip_norm"]
+    return {
+        "final_clip_norm": clip_norm if math.isfinite(clip_norm) else None,
+        "signal_to_noise": float(np.median(ratios)) if ratios else None,
+        "bytes_up": sum(row["bytes_up"] for row in history),
+        "bytes_down": sum(row["bytes_down"] for row in history),
+    }
+
+
 def _example_columns(client_plan: ClientPlan | None, realised: ClientEpsilons | None) -> dict[str, Any]:
     """What clients that train by DP-SGD do and keep, as columns of `runs.csv`; None where they do not."""
     names = (
@@ -359,7 +422,7 @@ def _example_columns(client_plan: ClientPlan | None, realised: ClientEpsilons | 
 
 
 def _settings_columns(
-    experiment: Experiment, plan: Plan, client_plan: ClientPlan | None, model: FunctionalModel
+    experiment: Experiment, plan: Plan, client_plan: ClientPlan | None, model_key: str, parameters: int | None
 ) -> dict[str, Any]:
     """The settings as columns of `runs.csv`, in the field's words."""
     privacy, local, server = experiment.privacy, experiment.local, experiment.server
@@ -368,12 +431,13 @@ def _settings_columns(
         promised = client_plan.guarantee
     has_delta = privacy.epsilon is not None or plan.is_private or (client_plan is not None and client_plan.is_private)
     return {
+        "configuration": experiment.configuration,
         "dataset": experiment.data.name,
         "data_fingerprint": experiment.data.fingerprint,
         "clients": experiment.data.num_clients,
         "examples": experiment.data.num_examples,
-        "model": model.key,
-        "parameters": model.parameters,
+        "model": model_key,
+        "parameters": parameters,
         "mechanism": experiment.mechanism.name,
         "mechanism_settings": json.dumps(experiment.mechanism.model_dump()),
         "weighting": experiment.mechanism.weighting,
@@ -384,6 +448,7 @@ def _settings_columns(
         "epsilon": privacy.epsilon,
         "delta": privacy.delta if has_delta else None,
         "clip_norm": experiment.mechanism.clip_norm if math.isfinite(experiment.mechanism.clip_norm) else None,
+        "clip_quantile": getattr(experiment.mechanism, "quantile", None),
         "rounds": experiment.rounds,
         "local_steps": local.steps,
         "local_epochs": local.epochs,

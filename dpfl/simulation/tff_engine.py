@@ -16,6 +16,7 @@ from dpfl.models.functional import FunctionalModel
 from dpfl.simulation.experiment import Experiment
 from dpfl.simulation.rounds import arrays_of, structure_of
 from dpfl.simulation.server import ServerOptimizer
+from dpfl.simulation.state import NORM_QUANTILES
 from dpfl.tff.aggregation import aggregator, measured
 from dpfl.tff.models import evaluation_model
 from dpfl.tff.optimizers import optimizer_of
@@ -115,6 +116,8 @@ class TffRounds:
         }
         if self._is_private:
             found["example_clipped_fraction"] = metrics["client_work"] / clients
+        # TensorFlow Federated adds up what clients report and keeps the exact sum to itself.
+        found |= dict.fromkeys(["signal_to_noise", *NORM_QUANTILES], float("nan"))
         return {name: float(value) for name, value in found.items()}
 
 

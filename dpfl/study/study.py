@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
 
+import dpfl
 from dpfl.errors import InputError
-from dpfl.progress import progress_bar
+from dpfl.progress import Board, progress_bar
 from dpfl.randomness import check_seed
 from dpfl.simulation.checkpoints import Checkpoints
 from dpfl.simulation.experiment import Experiment
+from dpfl.study.axes import Axes, ceilings, grid
+from dpfl.study.running import run_tasks
 from dpfl.study.store import Store
-from dpfl.study.workers import Planned, run_tasks, tasks_of
+from dpfl.study.workers import Outcome, Planned, process_pool, ray_pool, tasks_of
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Axes = Mapping[Any, Sequence[Any]]
-
-
-def grid(base: Experiment, axes: Axes) -> list[Experiment]:
-    """Returns the experiments of a grid, the last axis varying fastest.
-
-    Args:
-        base: what the experiments share.
-        axes: values by setting; a dot reaches into a group ("privacy.epsilon"), and a tuple of
-            settings takes tuples of values, which change together.
-
-    Raises:
-        InputError: a setting does not exist or a value is wrong.
-    """
-    for name, axis in axes.items():
-        if isinstance(axis, str) or not isinstance(axis, Sequence) or not axis:
-            raise InputError(f"the axis {name} must be a list of values, at least one, but it was {axis!r}.")
-        if isinstance(name, tuple) and any(not isinstance(v, tuple) or len(v) != len(name) for v in axis):
-            raise InputError(f"the axis {name} must be a list of tuples with {len(name)} values each.")
-    names = [name if isinstance(name, tuple) else (name,) for name in axes]
-    values = [[value if isinstance(name, tuple) else (value,) for value in axis] for name, axis in axes.items()]
-    experiments = []
-    for point in itertools.product(*values):
-        settings = {
-            name: value
-            for group, together in zip(names, point, strict=True)
-            for name, value in zip(group, together, strict=True)
-        }
-        experiments.append(base.replace(**settings))
-    return experiments
 
 
 class Study:
@@ -61,6 +32,7 @@ class Study:
         axes: a grid over each of them, as `grid` takes it.
         seeds: a number of seeds (0, 1, ...) or the seeds themselves. All experiments use the same
             ones, so that configurations can be compared pair by pair.
+        ceiling: whether plain federated averaging, without clip and noise, runs beside each of them.
 
     Attributes:
         experiments: all experiments of the study, those that are the same only once.
@@ -72,6 +44,7 @@ class Study:
         experiments: Experiment | Sequence[Experiment],
         axes: Axes | None = None,
         seeds: int | Sequence[int] = 3,
+        ceiling: bool = False,
     ) -> None:
         bases = [experiments] if isinstance(experiments, Experiment) else list(experiments)
         listed = seeds if isinstance(seeds, Iterable) else range(check_seed(seeds))
@@ -79,8 +52,9 @@ class Study:
         if not self.seeds:
             raise InputError(f"a study needs at least one seed, but they were {seeds!r}.")
         everything = [experiment for base in bases for experiment in grid(base, axes or {})]
-        by_id = {experiment.run_id(self.seeds[0]): experiment for experiment in everything}
-        self.experiments = list(by_id.values())
+        if ceiling:
+            everything += ceilings(everything)
+        self.experiments = list({experiment.configuration: experiment for experiment in everything}.values())
         self._store: Store | None = None
 
     @property
@@ -93,36 +67,50 @@ class Study:
         folder: str | Path,
         *,
         workers: int | None = None,
+        ray: str | None = None,
         progress: bool = True,
         checkpoint_every: int | None = None,
     ) -> Study:
         """Does the runs that the folder does not hold yet, then collects the tables.
 
+        A run whose worker dies (or in which anything else is raised) is tried once more; if that fails too it is
+        recorded with the status "failed" and its reason, the rest goes on, and the next call of this method tries it
+        again. A run whose model is not finite at the end has the status "diverged", which is a result.
+
         Args:
-            folder: of the store: `records/`, `runs.csv` and `history.csv`.
-            workers: number of processes; None takes one for each core.
-            progress: whether to show a progress bar.
+            folder: of the store: see `Store`.
+            workers: number of processes on this machine; None takes one for each core. Not with `ray`.
+            ray: address of a Ray cluster that does the runs, one on each CPU: "auto" for the one that this machine
+                belongs to, "host:port", or "local" for one that begins and ends with the study. Results come back to
+                this process, which alone writes to the folder. None for processes on this machine.
+            progress: whether to show progress.
             checkpoint_every: rounds from one checkpoint of a run to the next, so that a study that was killed goes on
                 inside its runs, which then train one at a time and never side by side. They are in `checkpoints/` until
                 a run's record is kept, as secret as the seeds: see `Experiment.run`. None keeps nothing of a run that
-                has not ended.
+                has not ended. Not with `ray`.
 
         Returns:
             The study itself, for `frame` and `history`.
 
         Raises:
             InputError: a privacy target cannot be met (nothing is run then), another process is running
-                a study in this folder, records vanished from it meanwhile, or a checkpoint is another plan's.
+                a study in this folder, records vanished from it meanwhile, the disk is full, the cluster cannot be
+                reached, or a checkpoint is another plan's.
         """
+        if ray is not None and (workers is not None or checkpoint_every is not None):
+            raise InputError(
+                "on a Ray cluster there is a worker for each of its CPUs, and runs are not kept half-done: leave "
+                "workers and checkpoint_every out, or leave ray out."
+            )
         workers = (os.cpu_count() or 1) if workers is None else workers
         if workers < 1:
             raise InputError(f"a study needs at least 1 worker process, but it was told {workers}.")
-        store = Store(Path(folder))
+        store = Store(folder)
         within = store.folder / "checkpoints"
         checkpoints = None if checkpoint_every is None else Checkpoints(within, checkpoint_every)
         try:
             with store.lock():
-                self._run(store, workers, progress, checkpoints)
+                self._run(store, workers, ray, progress, checkpoints)
                 if within.is_dir():  # Of runs whose record was kept just before a kill, or by a study without any.
                     Checkpoints(within).clear(self.run_ids)
         except filelock.Timeout:
@@ -134,7 +122,7 @@ class Study:
 
     def pending(self, folder: str | Path) -> int:
         """The number of runs that the folder does not hold yet."""
-        return len(self._missing(Store(Path(folder))))
+        return len(self._missing(Store(folder)))
 
     def frame(self) -> pd.DataFrame:
         """The records, one row a run."""
@@ -144,6 +132,10 @@ class Study:
         """One row for every round of every run."""
         return self._stored().history(self.run_ids)
 
+    def client_epsilons(self) -> pd.DataFrame:
+        """What the examples of each client were charged: see `Store.client_epsilons`."""
+        return self._stored().client_epsilons(self.run_ids)
+
     def _stored(self) -> Store:
         if self._store is None:
             raise InputError("the study has no results yet: call run(folder) first.")
@@ -151,28 +143,58 @@ class Study:
 
     def _missing(self, store: Store) -> list[tuple[int, int]]:
         """The runs that the store does not hold, by the experiment's index and the seed."""
+        ended = store.ended()
         return [
             (index, seed)
             for index, experiment in enumerate(self.experiments)
             for seed in self.seeds
-            if not store.has(experiment.run_id(seed))
+            if experiment.run_id(seed) not in ended
         ]
 
-    def _run(self, store: Store, workers: int, progress: bool, checkpoints: Checkpoints | None) -> None:
+    def _run(
+        self, store: Store, workers: int, ray: str | None, progress: bool, checkpoints: Checkpoints | None
+    ) -> None:
         runs = self._missing(store)
         if runs:
             planned = self._plan(sorted({index for index, _ in runs}), progress)
-            tasks = tasks_of(planned, runs, workers, together=checkpoints is None)
+            store.describe(self._description())
+            failed: set[str] = set()
+
+            def keep(outcome: Outcome) -> None:
+                store.write(*outcome)
+                run_id = outcome.record["run_id"]
+                if outcome.record["status"] == "failed":
+                    failed.add(run_id)
+                elif checkpoints is not None:
+                    checkpoints.remove(run_id)
+
             rounds = sum(planned[index].plan.rounds for index, _ in runs)
-            unit = f"rounds in {len(runs)} runs"
-            with progress_bar("training", rounds, unit, shown=progress) as advance:
-                run_tasks(planned, tasks, store.folder, workers, advance, checkpoints)
-            if lost := len(self._missing(store)):
+            most = 2 * len(runs)  # Each run may be done once more by itself.
+            with (
+                ray_pool(planned, most, ray)
+                if ray is not None
+                else process_pool(planned, most, min(workers, len(runs)), checkpoints)
+            ) as pool:
+                tasks = tasks_of(planned, runs, pool.workers, together=checkpoints is None)
+                with Board("training", rounds, "rounds", shown=progress) as board:
+                    run_tasks(pool, planned, tasks, keep, board)
+            lost = [run for run in self._missing(store) if self.experiments[run[0]].run_id(run[1]) not in failed]
+            if lost:
                 raise InputError(
-                    f"{lost} finished runs are gone from {store.folder} again: leave the folder alone while a study "
-                    "runs, and start it anew to repeat them."
+                    f"{len(lost)} finished runs are gone from {store.folder} again: leave the folder alone while a "
+                    "study runs, and start it anew to repeat them."
                 )
-        store.collect(self.run_ids)
+        store.describe(self._description())
+        store.collect()
+
+    def _description(self) -> dict[str, Any]:
+        """What the study asks for, as plain values."""
+        return {
+            "run_ids": self.run_ids,
+            "seeds": list(self.seeds),
+            "experiments": [experiment.settings() for experiment in self.experiments],
+            "dpfl_version": dpfl.__version__,
+        }
 
     def _plan(self, indices: Sequence[int], progress: bool) -> dict[int, Planned]:
         """Calibrates all mechanisms and clients, so that what cannot be met is refused before anything is trained."""

@@ -9,11 +9,12 @@ from typing import Any, Literal
 from dpfl.clients import ClientTraining
 from dpfl.data import FederatedData
 from dpfl.errors import InputError
-from dpfl.mechanisms import Deployment, Gaussian, NoMechanism
+from dpfl.mechanisms import Deployment, Gaussian
 from dpfl.privacy import Guarantee, Privacy, best_of
 from dpfl.sampling import Poisson
 from dpfl.simulation import Experiment, ServerOptimizer
-from dpfl.study.study import Study, grid
+from dpfl.study.axes import round_frequency
+from dpfl.study.study import Study
 
 
 def tradeoff(
@@ -58,36 +59,25 @@ def tradeoff(
     Raises:
         InputError: a value is wrong, or the local work cannot be split evenly into the rounds.
     """
-    if local_work < 1:
-        raise InputError(f"the local work must be at least 1 local step, but it was {local_work}.")
-    for count in rounds:
-        if count < 1 or local_work % count:
-            raise InputError(
-                f"{local_work} local steps cannot be split evenly into {count} rounds: choose numbers of rounds "
-                "that divide the local work."
-            )
+    frequency = round_frequency(rounds, local_work)
     for name, values in (("epsilon", epsilons), ("clip norm", clip_norms), ("number of rounds", rounds)):
         if not values:
             raise InputError(f"the grid needs at least one {name}.")
-    frequencies = [(count, local_work // count) for count in rounds]
+    first_rounds, first_steps = frequency["rounds", "local.steps"][0]
     base = Experiment(
         data=data,
         model=model,
-        local=ClientTraining(learning_rate=learning_rate, batch_size=batch_size, steps=frequencies[0][1]),
+        local=ClientTraining(learning_rate=learning_rate, batch_size=batch_size, steps=first_steps),
         mechanism=Gaussian(clip_norm=clip_norms[0]),
         privacy=privacy,
         sampler=Poisson(cohort=cohort),
-        rounds=frequencies[0][0],
+        rounds=first_rounds,
         server=server,
         deployment=deployment,
         engine=engine,
     )
-    frequency = {("rounds", "local.steps"): frequencies}
-    experiments = grid(base, {"privacy.epsilon": epsilons, "mechanism.clip_norm": clip_norms, **frequency})
-    if None in epsilons:
-        plain = base.replace(mechanism=NoMechanism(), **{"privacy.epsilon": None})
-        experiments += grid(plain, frequency)
-    return Study(experiments, seeds=seeds)
+    axes: dict[Any, Any] = {"privacy.epsilon": epsilons, "mechanism.clip_norm": clip_norms, **frequency}
+    return Study(base, axes, seeds=seeds, ceiling=None in epsilons)
 
 
 def tuning_prices(study: Study, over: Sequence[str]) -> dict[float, float]:

@@ -1,7 +1,9 @@
 import numpy as np
+import pandas as pd
 import pytest
 
-from dpfl.charts.runs import best, clipped, finished, prepare
+from dpfl.charts import words
+from dpfl.charts.runs import at_fixed_noise, best, clipped, finished, prepare, prepare_clips
 from dpfl.errors import InputError
 
 NAN = float("nan")
@@ -52,17 +54,53 @@ def test_a_plain_run_may_differ_from_the_guarantee(make):
     assert len(prepare(frame)) == len(frame)
 
 
-def test_noise_without_epsilon_is_refused(make):
+def test_noise_without_epsilon_is_left_out_unless_the_chart_knows_it(make):
     frame = small(make)
-    frame.loc[frame["epsilon"].isna(), "noise_multiplier"] = 0.3
-    assert "carry noise but have no target epsilon" in refused(frame)
+    at_noise = frame["epsilon"].isna() & (frame["mechanism"] != "none")
+    frame.loc[at_noise, "noise_multiplier"] = 0.3
+    runs = prepare(frame)
+    assert len(runs) == len(frame) - at_noise.sum()
+    assert f"{at_noise.sum()} runs at fixed noise" in words.left_out(runs)
+    assert len(at_fixed_noise(prepare(frame, fixed_noise=True))) == at_noise.sum()
+    assert "have noise but no target epsilon" in refused(frame[at_noise])
 
 
-@pytest.mark.parametrize("changes", [{"unit": "example"}, {"example_clip_norm": 1.0}])
-def test_runs_that_clip_examples_are_refused(make, changes):
-    frame = small(make).assign(example_clip_norm=None)
-    assert len(prepare(frame)) == len(frame)
-    assert "clip and noise examples' gradients" in refused(frame.assign(**changes))
+def test_failed_runs_are_left_out_and_counted(make):
+    frame = small(make)
+    frame.loc[:1, "status"] = "failed"
+    runs = prepare(frame)
+    assert len(runs) == len(frame) - 2
+    assert words.left_out(runs) == f"2 of {len(frame)} runs failed: left out."
+
+
+def test_under_the_unit_example_clip_and_noise_are_those_of_gradients(make):
+    frame = small(make)
+    private = frame["mechanism"] != "none"
+    examples = frame.assign(
+        unit="example",
+        mechanism="none",
+        example_clip_norm=frame["clip_norm"],
+        example_noise_multiplier=frame["noise_multiplier"].where(private),
+        clip_norm=np.nan,
+        noise_multiplier=0.0,
+    )
+    runs = prepare(examples)
+    assert runs["clip_norm"].equals(frame["clip_norm"].reset_index(drop=True))
+    assert len(clipped(runs)) == private.sum()
+    assert "Some runs clip both" in refused(examples.assign(unit="user"))
+    assert "Some runs clip both" in refused(examples.assign(mechanism="gaussian"))
+
+
+def test_adaptive_clipping_may_stand_beside_fixed_clip_norms(make):
+    frame = small(make)
+    adaptive = frame[frame["mechanism"] == "gaussian"].assign(mechanism="adaptive_clipping", clip_quantile=0.5)
+    both = pd.concat([frame, adaptive], ignore_index=True)
+    assert len(prepare_clips(both)) == len(both)
+    assert "differ in mechanism (adaptive_clipping and gaussian)" in refused(both)
+    two = pd.concat([adaptive, adaptive.assign(clip_quantile=0.3)], ignore_index=True)
+    assert "differ in clip_quantile (0.3 and 0.5)" in refused(two)
+    with pytest.raises(InputError, match="differ in mechanism"):
+        prepare_clips(both.replace("adaptive_clipping", "tree_aggregation"))
 
 
 def test_a_seed_that_counts_twice_is_refused(make):

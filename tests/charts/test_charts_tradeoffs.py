@@ -327,7 +327,7 @@ def test_plain_runs_alone_show_the_frequency_and_nothing_else(make):
     assert "No run has a privacy guarantee." in caption(figure)
     with pytest.raises(InputError, match=r"^No finished run has a target epsilon, .*it\.$"):
         charts.epsilon(frame)
-    with pytest.raises(InputError, match=r"^No finished run has a clip norm, .*it\.$"):
+    with pytest.raises(InputError, match=r"^No finished run has a fixed clip norm, .*it\.$"):
         charts.clipping(frame)
 
 

@@ -164,8 +164,8 @@ def test_tradeoff_on_a_users_table_from_file_to_figures(dpfl: Callable, tmp_path
     assert len(runs) == 6
     assert set(runs["delta"].dropna()) == {0.01}
     assert runs.groupby("mechanism")["accuracy"].mean()["none"] > 0.8
-    for name in ("epsilon", "clipping", "round_frequency"):
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("epsilon", "convergence", "signal_to_noise"):
+        assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     columns = """run_id status dataset clients mechanism unit relation epsilon delta noise_multiplier clip_norm rounds
         local_steps cohort sampling_rate seed accuracy loss seconds"""
     assert set(columns.split()) <= set(runs.columns)

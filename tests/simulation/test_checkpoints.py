@@ -570,6 +570,7 @@ def test_kill_9_of_a_study_goes_on_inside_its_run(tmp_path: Path, monkeypatch: p
     one, other = (pd.read_csv(folder / "runs.csv") for folder in (killed, undisturbed))
     assert one.loc[one["run_id"] == found[0].stem, "seconds"].item() > 1000
     pd.testing.assert_frame_equal(one.drop(columns="seconds"), other.drop(columns="seconds"), check_exact=True)
-    assert (killed / "history.csv").read_bytes() == (undisturbed / "history.csv").read_bytes()
+    one, other = (pd.read_parquet(folder / "history.parquet") for folder in (killed, undisturbed))
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
     assert not (killed / "checkpoints").exists()
     assert not (undisturbed / "checkpoints").exists()

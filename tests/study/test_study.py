@@ -21,18 +21,6 @@ from dpfl.study.store import Store
 from dpfl.study.workers import Planned, tasks_of
 
 
-@pytest.fixture(scope="module")
-def base() -> dpfl.Experiment:
-    return dpfl.Experiment(
-        data=dpfl.data.digits(clients=40),
-        local=dpfl.ClientTraining(learning_rate=0.3, batch_size=5, steps=2),
-        mechanism=dpfl.Gaussian(clip_norm=0.5),
-        privacy=dpfl.Privacy(epsilon=8, delta=1e-2),
-        sampler=dpfl.Poisson(cohort=20),
-        rounds=4,
-    )
-
-
 def test_grid_is_a_product_and_tuples_change_together(base: dpfl.Experiment) -> None:
     axes = {"privacy.epsilon": [1, None], ("rounds", "local.steps"): [(2, 6), (4, 3)], "mechanism.clip_norm": [1.0]}
     points = [(one.privacy.epsilon, one.rounds, one.local.steps, one.mechanism.clip_norm) for one in grid(base, axes)]
@@ -282,4 +270,5 @@ def test_kill_9_in_the_middle_loses_no_run_and_leaves_no_worker(tmp_path: Path) 
     one, other = (pd.read_csv(folder / "runs.csv").drop(columns="seconds") for folder in (undisturbed, killed))
     assert len(one) == 24
     pd.testing.assert_frame_equal(one, other, check_exact=True)
-    assert (undisturbed / "history.csv").read_bytes() == (killed / "history.csv").read_bytes()
+    rounds = (pd.read_parquet(folder / "history.parquet") for folder in (undisturbed, killed))
+    pd.testing.assert_frame_equal(*rounds, check_exact=True)
