@@ -1,5 +1,6 @@
 """The explorer of a finished study: what the sliders choose is what the figure and the sentences say."""
 
+import html
 import sys
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_the_figure_follows_the_sliders(store: Store) -> None:
     assert len(seen) == len(set(seen.values())) == 4
     assert all(bytes(png).startswith(b"\x89PNG") for png in seen)
     expected = dpfl.explore.in_words(store, store.frame(), epsilon=2, clip_norm=0.5, rounds=2)
-    assert text.value == expected
+    assert html.unescape(text.value) == expected
 
 
 def test_what_cannot_be_explored(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from dpfl.data import FederatedData
 from dpfl.simulation import ray_rounds
 from dpfl.simulation.ray_rounds import Actors, RayRounds, balanced_parts
 from dpfl.simulation.run import _start
+from dpfl.simulation.state import NORM_BINS
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra ray)")
 
@@ -193,11 +194,15 @@ class TestOnThreeNodes:
     def test_noise_is_added_once_and_never_by_an_actor(self, site: Site, images: FederatedData) -> None:
         still = experiment(images, **{"local.learning_rate": 1e-12, "privacy.epsilon": 0.5})
         rounds, cohorts = start(still, site.actors)
-        sums = site.actors.sums(rounds.state(), [cohorts[0][:3], cohorts[0][3:]])
+        parts = [cohorts[0][:3], cohorts[0][3:]]
+        sums = site.actors.sums(rounds.state(), parts)
         norm = rounds._engine.partial_sum(rounds._state, cohorts[0][:0], rounds._settings)
-        for part in sums:  # Nobody moves, so that what an actor sends is nothing but counts and the clip norm.
-            for array, nothing in zip(part, norm, strict=True):
-                if array.ndim:
+        # Nobody moves, so that what an actor sends is nothing but counts and the clip norm.
+        for clients, sent in zip(parts, sums, strict=True):
+            for array, nothing in zip(sent, norm, strict=True):
+                if array.shape == (NORM_BINS,):
+                    assert array.sum() == len(clients)  # counted by the norms of their updates
+                elif array.ndim:
                     np.testing.assert_allclose(array, nothing, atol=1e-9)
         before = rounds.weights()
         rounds.run(cohorts[:1])
