@@ -21,6 +21,7 @@ _HOMES = {
     "BandedMatrix": "dpfl.mechanisms",
     "CappedPoisson": "dpfl.sampling",
     "ClientTraining": "dpfl.clients",
+    "Compression": "dpfl.compression",
     "Cyclic": "dpfl.sampling",
     "CyclicPoisson": "dpfl.sampling",
     "DPKerasAdagradOptimizer": "dpfl.clients.keras_door",
@@ -49,10 +50,22 @@ _HOMES = {
     "Study": "dpfl.study",
     "TreeAggregation": "dpfl.mechanisms",
 }
-_MODULES = ("charts", "data", "explore", "mechanisms", "models", "privacy", "simulation", "statistics", "study", "tff")
+_MODULES = (
+    "charts",
+    "compression",
+    "data",
+    "explore",
+    "mechanisms",
+    "models",
+    "privacy",
+    "simulation",
+    "statistics",
+    "study",
+    "tff",
+)
 
 if TYPE_CHECKING:
-    from dpfl import charts, data, explore, mechanisms, models, privacy, simulation, statistics, study, tff
+    from dpfl import charts, compression, data, explore, mechanisms, models, privacy, simulation, statistics, study, tff
     from dpfl.clients import ClientTraining
     from dpfl.clients.keras_door import (
         DPKerasAdagradOptimizer,
@@ -62,6 +75,7 @@ if TYPE_CHECKING:
         EpsilonCallback,
         PoissonBatches,
     )
+    from dpfl.compression import Compression
     from dpfl.data import FederatedData
     from dpfl.errors import InputError
     from dpfl.mechanisms import (
@@ -87,6 +101,7 @@ __all__ = [
     "BandedMatrix",
     "CappedPoisson",
     "ClientTraining",
+    "Compression",
     "Cyclic",
     "CyclicPoisson",
     "DPKerasAdagradOptimizer",
@@ -115,6 +130,7 @@ __all__ = [
     "Study",
     "TreeAggregation",
     "charts",
+    "compression",
     "data",
     "explore",
     "mechanisms",

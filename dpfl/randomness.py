@@ -36,6 +36,8 @@ class Purpose(enum.IntEnum):
     EXAMPLE_SAMPLING = 14
     EXAMPLE_NOISE = 15
     CHOOSING_CLIENTS = 16
+    SUBSPACE = 17
+    ROUNDING = 18
 
 
 def check_seed(seed: Any) -> int:

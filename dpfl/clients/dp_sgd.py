@@ -7,7 +7,7 @@ engine and TensorFlow Federated's clients run this very function; `dpfl.clients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -141,6 +141,7 @@ def train_privately(
     training: ClientTraining,
     numbers: ClientNumbers,
     seeds: ClientSeeds,
+    onto: Callable[[list[tf.Tensor]], list[tf.Tensor]] = list,
 ) -> PrivateUpdate:
     """Trains one client on its own examples by DP-SGD. Only inside a `tf.function`.
 
@@ -157,6 +158,7 @@ def train_privately(
         training: its structure alone is compiled in (`ClientTraining.structure`); its numbers are not looked at.
         numbers: what is looked at.
         seeds: of this client in this round.
+        onto: projects noisy gradients onto the weights that are trained, which are public: post-processing.
     """
     before = [tf.convert_to_tensor(weight) for weight in weights]
     records, batch_size = tf.shape(y)[0], training.batch_size
@@ -204,6 +206,7 @@ def train_privately(
         gradients = with_penalties(mean, found.penalties)
         if training.is_proximal:
             gradients = with_proximal_term(gradients, weights, before, numbers.optimizer.proximal_strength)
+        gradients = onto(gradients)
         weights, moments = optimizers.step(training.optimizer, weights, gradients, moments, numbers.optimizer, step)
         longer = tf.reduce_sum(mask * tf.cast(found.norms > numbers.clip_norm, tf.float32))
         return step + 1, weights, moments, clipped + longer / tf.maximum(tf.reduce_sum(mask), 1.0)

@@ -9,8 +9,9 @@ import dp_accounting
 import pydantic
 from typing_extensions import override
 
+from dpfl.compression import Compression
 from dpfl.errors import InputError
-from dpfl.mechanisms.base import BaseMechanism
+from dpfl.mechanisms.base import BaseMechanism, refuse_changing_subspaces
 from dpfl.mechanisms.plan import Plan
 from dpfl.privacy.relations import Relation
 from dpfl.sampling import BaseSampler
@@ -90,6 +91,10 @@ class BandedMatrix(BaseMechanism):
             math.sqrt(math.ceil((participations - first) / overlaps)) for first in range(min(overlaps, participations))
         )
         return dp_accounting.GaussianDpEvent(noise / sensitivity)
+
+    @override
+    def check_compression(self, compression: Compression) -> None:
+        refuse_changing_subspaces(self.name, compression)
 
     @override
     def sum_query(self, plan: Plan, seed: int, template: Any) -> SumQuery:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import dp_accounting
 import pydantic
 
+from dpfl.compression import Compression
 from dpfl.config import Config
 from dpfl.errors import InputError
 from dpfl.limits import LARGEST_CLIP_NORM, LARGEST_NOISE, LEAST_NOISE, SMALLEST_CLIP_NORM
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _LEAST_NOISE_FOR_PLD = 0.1  # with less, the privacy loss may take more values than memory holds
 _MOST_ROUNDS = 1_000_000_000
+_UNCOMPRESSED = Compression()
 
 _EVERYWHERE = (
     "The number of clients counts as public, and the split into training and held-out examples as fixed.",
@@ -53,6 +55,7 @@ class BaseMechanism(Config):
         released: what the guarantee covers, in words.
         needs_dimension: whether accounting depends on the number of coordinates of an update.
         weighting: clients count alike: weights by data would break the sensitivity (see `dpfl.NoMechanism`).
+        clients_noise_alone: whether what a client sends protects it by itself, so that it may be quantised after.
     """
 
     name: str
@@ -61,6 +64,7 @@ class BaseMechanism(Config):
     released: ClassVar[str] = "the models after all rounds"
     needs_dimension: ClassVar[bool] = False
     weighting: ClassVar[Literal["equal"]] = "equal"
+    clients_noise_alone: ClassVar[bool] = False
 
     @property
     def works_side_by_side(self) -> bool:
@@ -131,8 +135,11 @@ class BaseMechanism(Config):
         """Refuses samplers under which the mechanism has no known analysis."""
         sampler.check_relation(relation)
 
+    def check_compression(self, compression: Compression) -> None:
+        """Refuses a compression of updates that the mechanism cannot use."""
+
     def update_bytes(self, parameters: int) -> int:
-        """Bytes that a client sends in a round.
+        """Bytes that a client sends in a round, where updates are not quantised.
 
         Args:
             parameters: the number of coordinates of an update.
@@ -187,6 +194,7 @@ class BaseMechanism(Config):
         *,
         dimension: int | None = None,
         deployment: Deployment | None = None,
+        compression: Compression = _UNCOMPRESSED,
     ) -> Plan:
         """Calibrates the noise for a target.
 
@@ -199,11 +207,13 @@ class BaseMechanism(Config):
             dimension: the number of coordinates of an update, where `needs_dimension`.
             deployment: calibrates for this larger population, and puts as much noise on the mean of
                 the simulated cohort as the deployment's would have.
+            compression: of the updates; the dimension is then that of what is left of them.
 
         Raises:
-            InputError: the target cannot be met.
+            InputError: the target cannot be met, or the mechanism cannot use the compression.
         """
         self.check(target, sampler, population, deployment)
+        self.check_compression(compression)
         check_rounds(rounds)
         if self.needs_dimension and (dimension is None or dimension < 1):
             raise InputError(
@@ -211,7 +221,8 @@ class BaseMechanism(Config):
                 "1 (--dimension, dimension=)."
             )
         if deployment is None:
-            return self._planned(target, sampler, population, rounds, dimension)
+            plan = self._planned(target, sampler, population, rounds, dimension)
+            return dataclasses.replace(plan, compression=compression)
         larger = deployment.sampler(sampler)
         deployed = self._planned(target, larger, deployment.clients, rounds, dimension)
         share = sampler.expected_cohort(population) / deployed.expected_cohort
@@ -229,7 +240,7 @@ class BaseMechanism(Config):
                 *deployed.guarantee.assumptions,
             ),
         )
-        return dataclasses.replace(simulated, target=target, extrapolated=extrapolated)
+        return dataclasses.replace(simulated, target=target, extrapolated=extrapolated, compression=compression)
 
     def _planned(
         self, target: Privacy, sampler: BaseSampler, population: int, rounds: int, dimension: int | None
@@ -278,6 +289,24 @@ class BaseMechanism(Config):
             assumptions=(*self.assumptions(sampler), *_EVERYWHERE) if noise else (),
         )
         return Plan(self, target, sampler, population, rounds, dimension, noise, guarantee)
+
+
+def refuse_changing_subspaces(mechanism: str, compression: Compression) -> None:
+    """Refuses subspaces that are new in each round, for mechanisms whose noise cancels over the rounds.
+
+    Args:
+        mechanism: its name.
+        compression: of updates.
+
+    Raises:
+        InputError: there are such subspaces.
+    """
+    name = "random_k" if compression.random_k is not None else "rank"
+    if getattr(compression, name) is not None:
+        raise InputError(
+            f"the noise of the mechanism {mechanism} cancels over the rounds, coordinate by coordinate, while {name} "
+            "takes others in each round: choose the mechanism gaussian, or leave it out."
+        )
 
 
 def check_rounds(rounds: int) -> None:

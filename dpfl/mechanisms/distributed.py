@@ -15,6 +15,7 @@ import dp_accounting
 import pydantic
 from typing_extensions import override
 
+from dpfl.compression import Compression
 from dpfl.errors import InputError
 from dpfl.mechanisms.base import BaseMechanism
 from dpfl.mechanisms.plan import Plan
@@ -125,6 +126,20 @@ class DistributedMechanism(BaseMechanism):
     def update_bytes(self, parameters: int) -> int:
         """Integers modulo 2 ** bits for the coordinates of the rotated update, packed."""
         return math.ceil(padded_dimension(parameters) * self.bits / 8)
+
+    @override
+    def check_compression(self, compression: Compression) -> None:
+        """Refuses what would not make the integers fewer or smaller."""
+        if compression.bits is not None:
+            raise InputError(
+                f"the mechanism {self.name} sends integers, of mechanism.bits bits a coordinate ({self.bits} now): "
+                "set these in the place of compression.bits."
+            )
+        if compression.sparsity:
+            raise InputError(
+                f"the mechanism {self.name} rotates an update over all coordinates before it sends them, so that "
+                "pruned ones would be sent and noised all the same: choose random_k or rank in the place of sparsity."
+            )
 
     @override
     def assumptions(self, sampler: BaseSampler) -> tuple[str, ...]:

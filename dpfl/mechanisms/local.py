@@ -33,6 +33,7 @@ class _LocalMechanism(BaseMechanism):
     """What local mechanisms have in common: no noise but the clients', and no amplification by sampling."""
 
     released: ClassVar[str] = "each client's noised updates of all rounds"
+    clients_noise_alone: ClassVar[bool] = True
 
     @override
     def assumptions(self, sampler: BaseSampler) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import dp_accounting
 
+from dpfl.compression import Compression
 from dpfl.config import Config
 from dpfl.errors import InputError
 from dpfl.mechanisms.base import check_rounds, guarantee_of
@@ -18,6 +19,8 @@ from dpfl.sampling import BaseSampler
 if TYPE_CHECKING:
     from dpfl.mechanisms.queries import MeanQuery
     from dpfl.mechanisms.weighted_queries import WeightedMeanQuery
+
+_UNCOMPRESSED = Compression()
 
 
 class NoMechanism(Config):
@@ -37,6 +40,7 @@ class NoMechanism(Config):
     weighting: Literal["equal", "examples"] = "equal"
     clip_norm: ClassVar[float] = math.inf
     needs_dimension: ClassVar[bool] = False
+    clients_noise_alone: ClassVar[bool] = False
 
     def check(
         self, target: Privacy, sampler: BaseSampler, population: int, deployment: Deployment | None = None
@@ -49,8 +53,11 @@ class NoMechanism(Config):
                 "or epsilon none."
             )
 
+    def check_compression(self, compression: Compression) -> None:
+        """Whatever is compressed, no guarantee depends on it."""
+
     def update_bytes(self, parameters: int) -> int:
-        """Bytes that a client sends in a round: float32, and its weight where updates have weights.
+        """Bytes that a client sends in a round, where updates are not quantised: float32, and a weight if it has one.
 
         Args:
             parameters: the number of coordinates of an update.
@@ -88,6 +95,7 @@ class NoMechanism(Config):
         *,
         dimension: int | None = None,
         deployment: Deployment | None = None,
+        compression: Compression = _UNCOMPRESSED,
     ) -> Plan:
         """Returns the plan of a run without any guarantee.
 
@@ -104,4 +112,4 @@ class NoMechanism(Config):
             sampler=sampler.in_words(population),
             steps=rounds,
         )
-        return Plan(self, target, sampler, population, rounds, dimension, 0.0, guarantee)
+        return Plan(self, target, sampler, population, rounds, dimension, 0.0, guarantee, compression=compression)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import dp_accounting
 
+from dpfl.compression import Compression
+from dpfl.errors import InputError
 from dpfl.privacy import Guarantee, Privacy
 from dpfl.privacy.ledger import Ledger
 from dpfl.sampling import BaseSampler
@@ -47,6 +49,7 @@ class Plan:
     noise_multiplier: float
     guarantee: Guarantee
     extrapolated: Guarantee | None = None
+    compression: Compression = dataclasses.field(default_factory=Compression)
 
     @property
     def clip_norm(self) -> float:
@@ -66,7 +69,11 @@ class Plan:
     @property
     def structure(self) -> tuple[Any, ...]:
         """What a compiled graph of the query depends on: plans that agree in it can share one."""
-        return (self.mechanism.name, *self.mechanism.structure(self))
+        of_mechanism = (self.mechanism.name, *self.mechanism.structure(self))
+        if not self.compression.of_updates:
+            return of_mechanism
+        # Pruning follows a schedule over all rounds.
+        return (*of_mechanism, self.rounds, str(self.compression))
 
     def event(self, rounds: int | None = None) -> dp_accounting.DpEvent:
         """The privacy event of the first so many rounds, or of all.
@@ -105,9 +112,24 @@ class Plan:
         Args:
             seed: the run's seed; the noise is a pure function of it and the round.
             template: the structure of an update, as tensors, arrays or `tf.TensorSpec`s; needed by
-                mechanisms that keep past noise or rotate updates, ignored by the others.
+                mechanisms that keep past noise or rotate updates and by compression, ignored by the others.
 
         Raises:
-            InputError: the mechanism needs the template and there is none.
+            InputError: the template is needed and there is none, or such updates cannot be compressed so.
         """
-        return self.mechanism.mean_query(self, seed, template)
+        if not self.compression.of_updates:
+            return self.mechanism.mean_query(self, seed, template)
+        return self._compressed_query(seed, template)
+
+    def _compressed_query(self, seed: int, template: Any) -> DPQuery:
+        import tensorflow as tf
+
+        from dpfl.mechanisms.compressed_queries import CompressedMeanQuery
+
+        if template is None:
+            raise InputError("updates are compressed by their shapes: give the query the template of an update.")
+        shapes = [tuple(part.shape) for part in tf.nest.flatten(template)]
+        records = [tf.TensorSpec(shape) for shape in self.compression.record_shapes(shapes)]
+        inner = self.mechanism.mean_query(self, seed, records)
+        after_noise = self.mechanism.clients_noise_alone
+        return CompressedMeanQuery(inner, self.compression, template, self.rounds, seed, after_noise=after_noise)

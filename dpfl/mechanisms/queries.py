@@ -147,7 +147,47 @@ class MeanQuery(NormalizedQuery):
         """See `ClippingSumQuery.sent`; only of queries that only clip."""
         return self._sum.sent(params, clipped, norms)
 
-    def exact_result(self, sample_state: Any) -> Any:
+    def sent_and_norm(self, params: Any, record: Any) -> tuple[Any, tf.Tensor]:
+        """What `preprocess_record` gives, and the L2 norm of what it clips, a float32 scalar. Private, both.
+
+        Args:
+            params: from `client_params`.
+            record: an update, a structure of float32 tensors.
+        """
+        return self.preprocess_record(params, record), global_norm(record)
+
+    def onto(self, params: Any, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        """A client's gradients projected onto the coordinates that it sends: all of them.
+
+        Args:
+            params: from `derive_sample_params`.
+            gradients: tensors of the weights' shapes, which may have further axes in front. Private.
+        """
+        return gradients
+
+    def after_release(self, global_state: Any, weights: Any) -> Any:
+        """The state of the next round, which may follow the released model; here it does not.
+
+        Args:
+            global_state: from `get_noised_result`.
+            weights: of the model that is released.
+        """
+        return global_state
+
+    def record_norm(self, global_state: Any, update: Any) -> tf.Tensor:
+        """The L2 norm of what a client sends before it is quantised and clipped, a float32 scalar. Private.
+
+        Args:
+            global_state: of the round.
+            update: a structure of float32 tensors. Private.
+        """
+        return global_norm(update)
+
+    def rounds_done(self, global_state: Any) -> tf.Tensor:
+        """How many sums were released, an int32 scalar."""
+        return global_state.numerator_state.round
+
+    def exact_result(self, sample_state: Any, global_state: Any) -> Any:
         """What `get_noised_result` gives but for the noise, or None where nobody knows it. Private."""
         exact = self._sum.exact_sum(sample_state)
         return (

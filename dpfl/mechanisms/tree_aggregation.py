@@ -11,8 +11,9 @@ import numpy as np
 import pydantic
 from typing_extensions import override
 
+from dpfl.compression import Compression
 from dpfl.errors import InputError
-from dpfl.mechanisms.base import BaseMechanism
+from dpfl.mechanisms.base import BaseMechanism, refuse_changing_subspaces
 from dpfl.mechanisms.plan import Plan
 from dpfl.privacy.relations import Relation
 from dpfl.sampling import BaseSampler
@@ -98,6 +99,10 @@ class TreeAggregation(BaseMechanism):
         This also holds where updates depend on earlier releases (Denisov et al. 2022, 2202.08312).
         """
         return dp_accounting.GaussianDpEvent(noise / self.sensitivity(rounds, self._period(sampler, population)))
+
+    @override
+    def check_compression(self, compression: Compression) -> None:
+        refuse_changing_subspaces(self.name, compression)
 
     @override
     def sum_query(self, plan: Plan, seed: int, template: Any) -> SumQuery:

@@ -55,7 +55,19 @@ class WeightedMeanQuery(SumAggregationDPQuery):
         """Infinity: nothing is clipped."""
         return tf.constant(float("inf"))
 
-    def exact_result(self, sample_state: SampleState) -> None:
+    def sent_and_norm(self, params: Any, record: Any) -> tuple[SampleState, tf.Tensor]:
+        """See `MeanQuery.sent_and_norm`."""
+        return self.preprocess_record(params, record), global_norm(record)
+
+    def onto(self, params: tuple[()], gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        """See `MeanQuery.onto`."""
+        return gradients
+
+    def after_release(self, global_state: Any, weights: Any) -> Any:
+        """See `MeanQuery.after_release`."""
+        return global_state
+
+    def exact_result(self, sample_state: SampleState, global_state: tuple[()]) -> None:
         """See `MeanQuery.exact_result`: there is no noise to compare with."""
 
     def initial_sample_state(self, template: Any = None) -> SampleState:

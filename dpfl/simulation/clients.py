@@ -5,7 +5,7 @@ Both give the sum of what the clients of a chunk send, and what was measured of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -14,7 +14,8 @@ from dpfl.clients import ClientTraining, optimizers
 from dpfl.clients.dp_sgd import client_seeds, train_privately
 from dpfl.clients.optimizers import OptimizerNumbers
 from dpfl.clients.schedule import examples_seen, minibatches
-from dpfl.mechanisms.queries import MeanQuery, clip_scale, global_norm
+from dpfl.mechanisms.compressed_queries import CompressedMeanQuery
+from dpfl.mechanisms.queries import MeanQuery, clip_scale
 from dpfl.mechanisms.weighted_queries import WeightedMeanQuery
 from dpfl.models.functional import FunctionalModel
 from dpfl.simulation.span import Cohort, Span
@@ -52,7 +53,7 @@ class Examples(NamedTuple):
     sizes: tf.Tensor
 
 
-Query = MeanQuery | WeightedMeanQuery
+Query = MeanQuery | WeightedMeanQuery | CompressedMeanQuery
 
 
 class Training:
@@ -78,11 +79,12 @@ class Training:
         """How many clients `sums` takes at a time."""
         raise NotImplementedError
 
-    def sums(self, state: State, clients: tf.Tensor, settings: Settings) -> tuple[Any, Measurements]:
+    def sums(self, state: State, params: Any, clients: tf.Tensor, settings: Settings) -> tuple[Any, Measurements]:
         """Trains the clients of a chunk.
 
         Args:
             state: before the round.
+            params: the round's sample params; of several configurations, those of each along the first axis.
             clients: their indices, at most `chunk_size`.
             settings: the configuration's numbers.
 
@@ -104,9 +106,11 @@ class Training:
             tf.zeros_like(clip_norm),
         )
 
-    def _preprocess(self, params: Any, update: list[tf.Tensor], client: tf.Tensor, examples: tf.Tensor) -> Any:
-        """What one client sends: private until it is summed, unless the mechanism says otherwise."""
-        return self._query.preprocess_record(self._query.client_params(params, client, examples), update)
+    def _sent_and_norm(
+        self, params: Any, update: list[tf.Tensor], client: tf.Tensor, examples: tf.Tensor
+    ) -> tuple[Any, tf.Tensor]:
+        """What one client sends, private until it is summed unless the mechanism says otherwise; and its norm."""
+        return self._query.sent_and_norm(self._query.client_params(params, client, examples), update)
 
     def _examples_seen(self, clients: tf.Tensor, settings: Settings) -> tf.Tensor:
         """How many examples each of some clients processes in a round, (clients,), int32."""
@@ -155,19 +159,18 @@ class OneByOne(Training):
         """One."""
         return 1
 
-    def sums(self, state: State, clients: tf.Tensor, settings: Settings) -> tuple[Any, Measurements]:
+    def sums(self, state: State, params: Any, clients: tf.Tensor, settings: Settings) -> tuple[Any, Measurements]:
         """See `Training.sums`."""
         client = clients[0]
         if isinstance(settings.private, PrivateSettings):
-            update, examples_clipped = self._train_privately(state, client, settings.private)
+            update, examples_clipped = self._train_privately(state, params, client, settings.private)
         else:
-            update, examples_clipped = self._train(state, client, settings), tf.constant(0.0)
-        params = self._query.derive_sample_params(state.query)
-        measured = self._measured(global_norm(update)[None], self._query.clip_norm(params), examples_clipped)
-        return self._preprocess(params, update, client, self._examples_seen(clients, settings)[0]), measured
+            update, examples_clipped = self._train(state, params, client, settings), tf.constant(0.0)
+        sent, norm = self._sent_and_norm(params, update, client, self._examples_seen(clients, settings)[0])
+        return sent, self._measured(norm[None], self._query.clip_norm(params), examples_clipped)
 
     def _train_privately(
-        self, state: State, client: tf.Tensor, private: PrivateSettings
+        self, state: State, params: Any, client: tf.Tensor, private: PrivateSettings
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Update (after minus before) of one client, and the fraction of its examples' gradients that it clipped."""
         start, size = self._examples.starts[client], self._examples.sizes[client]
@@ -179,9 +182,10 @@ class OneByOne(Training):
             training=self._local,
             numbers=private.numbers,
             seeds=client_seeds(private.seeds, state.round, client),
+            onto=lambda gradients: self._query.onto(params, gradients),
         )
 
-    def _train(self, state: State, client: tf.Tensor, settings: Settings) -> list[tf.Tensor]:
+    def _train(self, state: State, params: Any, client: tf.Tensor, settings: Settings) -> list[tf.Tensor]:
         """Update (after minus before) of one client that trains without example-level privacy."""
         rows, mask = self._schedule(state, client[None], settings)
         seed = tf.random.experimental.stateless_fold_in(
@@ -199,6 +203,7 @@ class OneByOne(Training):
             if self._local.is_proximal:
                 strength = numbers.proximal_strength
                 gradients = optimizers.with_proximal_term(gradients, weights, state.weights, strength)
+            gradients = self._query.onto(params, gradients)
             return step + 1, *optimizers.step(self._local.optimizer, weights, gradients, moments, numbers, step)
 
         before = list(state.weights)
@@ -247,7 +252,7 @@ class SideBySide(Training):
         fitting = tf.minimum(_CHUNK_NUMBERS // (configurations * own), _CHUNK_READ_NUMBERS // read)
         return tf.maximum(1, fitting)
 
-    def sums(self, state: State, clients: tf.Tensor, settings: Settings) -> tuple[Any, Measurements]:
+    def sums(self, state: State, params: Any, clients: tf.Tensor, settings: Settings) -> tuple[Any, Measurements]:
         """See `Training.sums`; of several configurations, these are along the first axis."""
         weights, numbers, query = list(state.weights), settings.optimizer, self._query
         if not self._together:
@@ -255,11 +260,11 @@ class SideBySide(Training):
         cohort = None
         if self._span is not None:
             cohort = self._span.cohort(clients, weights[self._first_kernel])
-        updates = self._train(state, clients, weights, numbers, settings, cohort)
+        updates = self._train(state, params, clients, weights, numbers, settings, cohort)
         if not isinstance(query, MeanQuery) or not query.only_clips:
-            return self._sums_of_records(state, clients, updates, settings)
+            return self._sums_of_records(params, clients, updates, settings)
         norms = self._norms(updates, clients, cohort)
-        params = self._params(state)
+        params = params if self._together else params[None]
         clip_norms = query.clip_norm(params)
         scales = clip_scale(norms, clip_norms)
         total = [
@@ -273,11 +278,6 @@ class SideBySide(Training):
             return for_each(query.sent, params, total, tf.transpose(norms)), measured
         return query.sent(params[0], unstacked(total), norms[:, 0]), unstacked(measured)
 
-    def _params(self, state: State) -> tf.Tensor:
-        """The sample params of a query that only clips, its clip norm, of each configuration."""
-        derive: Callable[[Any], tf.Tensor] = self._query.derive_sample_params
-        return for_each(derive, state.query) if self._together else derive(state.query)[None]
-
     @property
     def _first_kernel(self) -> int:
         index = self._model.first_kernel
@@ -287,6 +287,7 @@ class SideBySide(Training):
     def _train(
         self,
         state: State,
+        params: Any,
         clients: tf.Tensor,
         weights: list[tf.Tensor],
         numbers: OptimizerNumbers,
@@ -297,6 +298,7 @@ class SideBySide(Training):
 
         Args:
             state: before the round.
+            params: the round's sample params.
             clients: their indices.
             weights: before the round, of each configuration.
             numbers: of the optimizer, of each configuration.
@@ -313,6 +315,8 @@ class SideBySide(Training):
 
         def body(step: tf.Tensor, present: list[tf.Tensor], moments: Any) -> tuple[tf.Tensor, list[tf.Tensor], Any]:
             gradients = self._gradients(clients, rows[:, step], mask[:, step], present, configurations, cohort)
+            if cohort is None:  # In a span queries take all coordinates.
+                gradients = self._query.onto(params, gradients)
             # Moments and the proximal term would carry on a client that has come to its end before the others.
             goes_on = tf.reduce_any(mask[:, step] > 0, axis=1)
             stepped = [
@@ -413,18 +417,16 @@ class SideBySide(Training):
         return tf.sqrt(tf.add_n(squares))
 
     def _sums_of_records(
-        self, state: State, clients: tf.Tensor, updates: list[tf.Tensor], settings: Settings
+        self, params: Any, clients: tf.Tensor, updates: list[tf.Tensor], settings: Settings
     ) -> tuple[Any, Measurements]:
         """What clients send one by one, summed: of queries that do more to a record than clip it."""
-        params = self._query.derive_sample_params(state.query)
         # Drawing at the client falls back to a loop over the clients, which needs no words.
-        records = tf.vectorized_map(
-            lambda one: self._preprocess(params, *one),
+        records, norms = tf.vectorized_map(
+            lambda one: self._sent_and_norm(params, *one),
             (updates, clients, self._examples_seen(clients, settings)),
             warn=False,
         )
         total = tf.nest.map_structure(lambda part: tf.reduce_sum(part, axis=0), records)
-        norms = tf.sqrt(tf.add_n([_squares(update) for update in updates]))
         return total, self._measured(norms, self._query.clip_norm(params), tf.constant(0.0))
 
 

@@ -25,7 +25,7 @@ from dpfl.randomness import Purpose, stateless_seed
 from dpfl.simulation.clients import Examples, OneByOne, Query, SideBySide, Training
 from dpfl.simulation.data_tensors import resident_tensor
 from dpfl.simulation.rounds import arrays_of, structure_of
-from dpfl.simulation.server import ServerOptimizer
+from dpfl.simulation.server import ServerStep
 from dpfl.simulation.span import Span
 from dpfl.simulation.state import (
     NORM_BINS,
@@ -57,7 +57,7 @@ class Engine:
         data: the federated dataset; its arrays stay resident.
         model: the model as a function of its weights.
         local: what clients do; only its structure (`ClientTraining.structure`) is compiled in.
-        server: the server's optimizer; only its kind is compiled in.
+        server: the server's step; of its optimizer only the kind is compiled in.
         query: a query of the mechanism's kind; its numbers come with the state.
         together: whether several configurations go through the graph side by side; states and settings are then
             `stacked` ones. Only where `together_key` is not None.
@@ -68,7 +68,7 @@ class Engine:
         data: FederatedData,
         model: FunctionalModel,
         local: ClientTraining,
-        server: ServerOptimizer,
+        server: ServerStep,
         query: Query,
         together: bool = False,
     ) -> None:
@@ -106,7 +106,7 @@ class Engine:
             return OneByOne(examples, model, local, query)
         return SideBySide(examples, model, local, query, together=self._together, span=span)
 
-    def initial_state(self, plan: Plan, server: ServerOptimizer, seed: int) -> State:
+    def initial_state(self, plan: Plan, server: ServerStep, seed: int) -> State:
         """The state before the first round."""
         weights = tuple(tf.constant(weight) for weight in self._model.initial_weights(seed))
         return State(
@@ -117,13 +117,13 @@ class Engine:
         )
 
     def settings(
-        self, local: ClientTraining, server: ServerOptimizer, seed: int, client_plan: ClientPlan | None = None
+        self, local: ClientTraining, server: ServerStep, seed: int, client_plan: ClientPlan | None = None
     ) -> Settings:
         """A configuration's numbers as tensors.
 
         Args:
             local: what clients do, of the engine's structure.
-            server: the server's optimizer.
+            server: the server's step.
             seed: the run's seed.
             client_plan: the plan of clients that train by DP-SGD; None if they do not.
         """
@@ -135,7 +135,7 @@ class Engine:
             steps=tf.constant(local.steps or 0, tf.int32),
             epochs=tf.constant(local.epochs or 0, tf.int32),
             optimizer=optimizer_numbers(local),
-            server=tuple(tf.constant(number, tf.float32) for number in server.numbers()),
+            server=tuple(tf.constant(number, tf.float32) for number in server.optimizer.numbers()),
             shuffling_seed=tf.constant(stateless_seed(seed, Purpose.SHUFFLING)),
             model_seed=tf.constant(stateless_seed(seed, Purpose.MODEL)),
             private=private,
@@ -237,13 +237,14 @@ class Engine:
     def _partial_sum(self, state: State, settings: Settings, cohort: tf.Tensor) -> tuple[Any, Measurements]:
         """The sum of what some clients of a round send, and of their measurements: private."""
         each = for_each if self._together else _apply
-        clip_norm = each(lambda query: self._query.clip_norm(self._query.derive_sample_params(query)), state.query)
+        params = each(self._query.derive_sample_params, state.query)
+        clip_norm = each(self._query.clip_norm, params)
         lanes, size = self._training.lanes, tf.shape(cohort)[0]
         bounds = [size * lane // lanes for lane in range(lanes + 1)]
         total, measured = each(self._query.initial_sample_state, list(state.weights)), _zeros_like(clip_norm)
         # The loops do not depend on each other: TensorFlow runs them at the same time where it has the threads.
         for of_lane, sums in [
-            self._sums(state, settings, cohort[bounds[lane] : bounds[lane + 1]], total, measured)
+            self._sums(state, params, settings, cohort[bounds[lane] : bounds[lane + 1]], total, measured)
             for lane in range(lanes)
         ]:
             total = self._query.merge_sample_states(total, of_lane)
@@ -251,13 +252,13 @@ class Engine:
         return total, measured._replace(clip_norm=clip_norm)
 
     def _sums(
-        self, state: State, settings: Settings, clients: tf.Tensor, nothing: Any, zeros: Measurements
+        self, state: State, params: Any, settings: Settings, clients: tf.Tensor, nothing: Any, zeros: Measurements
     ) -> tuple[Any, Measurements]:
         """One loop over chunks of clients, from sums of nothing."""
         size, chunk_size = tf.shape(clients)[0], self._training.chunk_size(state)
 
         def body(start: tf.Tensor, total: Any, measured: Measurements) -> tuple[tf.Tensor, Any, Measurements]:
-            record, more = self._training.sums(state, clients[start : start + chunk_size], settings)
+            record, more = self._training.sums(state, params, clients[start : start + chunk_size], settings)
             total = self._query.accumulate_preprocessed_record(total, record)
             return start + chunk_size, total, _added(measured, more)
 
@@ -273,9 +274,11 @@ class Engine:
 
         def one(state: State, total: Any, server: tuple[tf.Tensor, ...]) -> tuple[State, tf.Tensor]:
             mean_update, query_state, _ = self._query.get_noised_result(total, state.query)
-            weights, server_state = self._server.apply(list(state.weights), mean_update, state.server, server)
+            before = list(state.weights)
+            weights, server_state = self._server.apply(before, mean_update, state.server, server, state.round)
+            query_state = self._query.after_release(query_state, weights)
             after = State(tuple(weights), server_state, query_state, state.round + 1)
-            return after, _signal_to_noise(self._query.exact_result(total), mean_update)
+            return after, _signal_to_noise(self._query.exact_result(total, state.query), mean_update)
 
         each = for_each if self._together else _apply
         clients = tf.cast(tf.maximum(size, 1), tf.float32)
@@ -366,13 +369,17 @@ class TogetherRounds:
     Args:
         engine: made for configurations together.
         planned: the experiments with their plans.
+        servers: their servers' steps.
         seed: of all runs.
     """
 
-    def __init__(self, engine: Engine, planned: Sequence[tuple[Experiment, Plan]], seed: int) -> None:
+    def __init__(
+        self, engine: Engine, planned: Sequence[tuple[Experiment, Plan]], servers: Sequence[ServerStep], seed: int
+    ) -> None:
         self._engine, self._runs = engine, range(len(planned))
-        self._state = stacked([engine.initial_state(plan, each.server, seed) for each, plan in planned])
-        self._settings = stacked([engine.settings(each.local, each.server, seed) for each, _ in planned])
+        pairs = list(zip(planned, servers, strict=True))
+        self._state = stacked([engine.initial_state(plan, server, seed) for (_, plan), server in pairs])
+        self._settings = stacked([engine.settings(each.local, server, seed) for (each, _), server in pairs])
 
     def run(self, cohorts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Runs the next rounds, one for each cohort; returns what `Rounds.run` does, for each run."""

@@ -18,6 +18,7 @@ import pydantic
 import dpfl.data
 from dpfl.clients import ClientTraining
 from dpfl.clients.example_privacy import ClientPlan, check_clients, plan_clients
+from dpfl.compression import Compression
 from dpfl.config import Config
 from dpfl.data import FederatedData
 from dpfl.errors import InputError
@@ -62,6 +63,7 @@ class Experiment(Config):
         sampler: which clients take part in a round.
         rounds: the number of rounds.
         server: what the server does with the mean update.
+        compression: how updates and models are made smaller; by default they are not.
         deployment: a larger population for which the noise is calibrated; None for the data's clients. The
             result then keeps two guarantees: what the simulation keeps, and what it stands for.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
@@ -80,6 +82,7 @@ class Experiment(Config):
     sampler: Sampler
     rounds: int = pydantic.Field(gt=0)
     server: ServerOptimizer = ServerOptimizer()
+    compression: Compression = Compression()
     deployment: Deployment | None = None
     evaluate_every: int = pydantic.Field(default=10, gt=0)
     engine: Literal["graph", "tff"] = "graph"
@@ -127,6 +130,12 @@ class Experiment(Config):
                     "leave it out, or choose the unit user."
                 )
         self.mechanism.check(self._server_target, self.sampler, self.data.num_clients, self.deployment)
+        self.mechanism.check_compression(self.compression)
+        if self.engine == "tff" and self.compression.of_updates and self.mechanism.weighting == "examples":
+            raise InputError(
+                "updates weighted by examples are averaged by TensorFlow Federated's own aggregator, which does not "
+                'know the compression: choose engine="graph", or weighting="equal".'
+            )
         return self
 
     @property
@@ -138,15 +147,16 @@ class Experiment(Config):
         """Calibrates the mechanism: the plan from which the server's sampler, clip, noise and guarantee come.
 
         Raises:
-            InputError: the privacy target cannot be met.
+            InputError: the privacy target cannot be met, or the model's weights cannot be compressed so.
         """
         plan = self.mechanism.plan(
             self._server_target,
             self.sampler,
             self.data.num_clients,
             self.rounds,
-            dimension=self._dimension() if self.mechanism.needs_dimension else None,
+            dimension=self._dimension(),
             deployment=self.deployment,
+            compression=self.compression,
         )
         return dataclasses.replace(
             plan,
@@ -174,17 +184,29 @@ class Experiment(Config):
 
     def _with_assumptions(self, guarantee: Guarantee) -> Guarantee:
         """Adds what the data's preparation assumed, where there is a guarantee at all."""
-        more = self.data.assumptions if math.isfinite(guarantee.epsilon) else ()
+        if not math.isfinite(guarantee.epsilon):
+            return guarantee
+        more = self.data.assumptions
+        if self.compression.of_updates or self.compression.of_models:
+            more += (
+                f"Updates and models are compressed ({self.compression.in_words()}), which it does not depend on: what "
+                "clients do comes before their updates are clipped or after they are noised, and the server's part "
+                "looks at nothing but what was released.",
+            )
         return dataclasses.replace(guarantee, assumptions=guarantee.assumptions + more)
 
-    def _dimension(self) -> int:
-        """The number of trainable weights, for which a named model has to be built."""
+    def _dimension(self) -> int | None:
+        """The number of coordinates of an update where anything depends on it: a named model is then built."""
+        compression = self.compression
+        if not (self.mechanism.needs_dimension or compression.of_updates or compression.of_models):
+            return None
         from dpfl.models.functional import FunctionalModel
 
         model = self.model
         if isinstance(model, str):
             model = FunctionalModel(model, self.data.example_shape, self.data.num_classes)
-        return model.parameters
+        compression.check_shapes(model.shapes)
+        return sum(math.prod(shape) for shape in compression.record_shapes(model.shapes))
 
     def run(
         self,
@@ -233,7 +255,7 @@ class Experiment(Config):
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain values; the data by name and fingerprint, the model by its key."""
-        groups = ("local", "mechanism", "privacy", "sampler", "server")
+        groups = ("local", "mechanism", "privacy", "sampler", "server", "compression")
         return {
             "data": {
                 "name": self.data.name,

@@ -23,7 +23,7 @@ from dpfl.models.functional import FunctionalModel
 from dpfl.models.pickling import make_lazy_modules_picklable
 from dpfl.simulation.engine import Engine, GraphRounds
 from dpfl.simulation.rounds import structure_of
-from dpfl.simulation.server import ServerOptimizer
+from dpfl.simulation.server import ServerStep
 from dpfl.simulation.state import Settings, State
 
 _PATIENCE = 300.0  # seconds until the first of the actors has to be there
@@ -36,7 +36,7 @@ class Work(NamedTuple):
     data: FederatedData
     model: FunctionalModel
     local: ClientTraining
-    server: ServerOptimizer
+    server: ServerStep
     plan: Plan
     client_plan: ClientPlan | None
     seed: int

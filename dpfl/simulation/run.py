@@ -8,13 +8,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import dpfl
 from dpfl.clients.example_privacy import ClientPlan
 from dpfl.clients.per_example import check_model
+from dpfl.compression import Compression
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Plan
 from dpfl.models.functional import FunctionalModel
@@ -26,6 +27,8 @@ from dpfl.simulation.engine import Engine, GraphRounds, TogetherRounds
 from dpfl.simulation.experiment import Experiment
 from dpfl.simulation.result import Result
 from dpfl.simulation.rounds import Rounds
+from dpfl.simulation.server import ServerStep
+from dpfl.simulation.traffic import Traffic
 
 if TYPE_CHECKING:
     from dpfl.simulation.ray_rounds import Actors
@@ -68,7 +71,7 @@ def run(
     model, rounds = _start(experiment, plan, client_plan, seed, actors)
     costs = _Costs(experiment, plan, client_plan)
     with contextlib.nullcontext() if checkpoints is None else checkpoints.of(experiment.run_id(seed)) as checkpoint:
-        traffic = _Traffic.of(experiment, model)
+        traffic = Traffic(plan, model, plan.population)
         done = _train(experiment, plan, seed, rounds, costs, traffic, started, advance, checkpoint)
 
     return _result(experiment, plan, client_plan, seed, model, done, costs, rounds.weights())
@@ -88,9 +91,10 @@ def run_together(planned: Sequence[tuple[Experiment, Plan]], seed: int, advance:
     started = time.perf_counter()
     experiment, plan = planned[0]
     model, engine = _graph_engine(experiment, plan, together=True)
-    rounds = TogetherRounds(engine, planned, seed)
+    steps = [_server_step(each, own, model) for each, own in planned]
+    rounds = TogetherRounds(engine, planned, steps, seed)
     costs = [_Costs(experiment, plan, None) for experiment, plan in planned]
-    traffic = _Traffic.of(experiment, model)
+    traffics = [Traffic(plan, model, plan.population) for _, plan in planned]
     participations = np.zeros(plan.population, np.int64)
     histories: list[list[dict[str, Any]]] = [[] for _ in planned]
     for first in range(0, plan.rounds, experiment.evaluate_every):
@@ -99,7 +103,7 @@ def run_together(planned: Sequence[tuple[Experiment, Plan]], seed: int, advance:
         for cohort in cohorts:
             participations[cohort] += 1
         measured, evaluations = rounds.run(cohorts), rounds.evaluate()
-        for own, history, values, cost in zip(evaluations, histories, measured, costs, strict=True):
+        for own, history, values, cost, traffic in zip(evaluations, histories, measured, costs, traffics, strict=True):
             history += _rows(numbers, cohorts, values, cost, traffic)
             history[-1].update(zip(_EVALUATION, own, strict=True))
         advance(len(numbers) * len(planned))
@@ -190,7 +194,7 @@ def _train(
     seed: int,
     rounds: Rounds,
     costs: _Costs,
-    traffic: _Traffic,
+    traffic: Traffic,
     started: float,
     advance: Callable[[int], None],
     checkpoint: Checkpoint | None,
@@ -203,7 +207,7 @@ def _train(
         seed: of the run.
         rounds: before the first round.
         costs: of the rounds.
-        traffic: of a client in a round.
+        traffic: of the clients, before the first round.
         started: when this process began with the run, by `time.perf_counter`.
         advance: called with a number of rounds whenever so many more are done, those of the checkpoint first.
         checkpoint: of the run; None to keep nothing.
@@ -216,6 +220,9 @@ def _train(
         if kept is not None:
             state, progress = kept
             rounds.restore(state)
+            traffic.catch_up(
+                [plan.sampler.clients(seed, number, plan.population) for number in range(len(kept[1].history))]
+            )
     participations, history = progress.participations, progress.history
 
     def so_far() -> Progress:
@@ -238,24 +245,12 @@ def _train(
     return so_far()
 
 
-class _Traffic(NamedTuple):
-    """Bytes that a client sends and receives in a round."""
-
-    up: int
-    down: int
-
-    @classmethod
-    def of(cls, experiment: Experiment, model: FunctionalModel) -> _Traffic:
-        """Down come the weights in float32; what goes up is the mechanism's to say."""
-        return cls(experiment.mechanism.update_bytes(model.parameters), 4 * model.parameters)
-
-
 def _rows(
     numbers: Sequence[int],
     cohorts: Sequence[np.ndarray],
     measured: Mapping[str, np.ndarray],
     costs: _Costs,
-    traffic: _Traffic,
+    traffic: Traffic,
 ) -> list[dict[str, Any]]:
     """The history of some rounds, without evaluations."""
     return [
@@ -264,8 +259,8 @@ def _rows(
             "cohort": len(cohort),
             "epsilon_spent": costs.target.after(number + 1),
             **{name: float(column[index]) for name, column in measured.items()},
-            "bytes_up": traffic.up * len(cohort),
-            "bytes_down": traffic.down * len(cohort),
+            "bytes_up": traffic.up(number) * len(cohort),
+            "bytes_down": traffic.down(number, cohort),
         }
         for index, (number, cohort) in enumerate(zip(numbers, cohorts, strict=True))
     ]
@@ -331,16 +326,21 @@ def _start(
         from dpfl.simulation.tff_engine import TffRounds
 
         model = _model(experiment)
-        return model, TffRounds(experiment, model, plan, client_plan, seed)
+        return model, TffRounds(experiment, model, _server_step(experiment, plan, model), plan, client_plan, seed)
     model, engine = _graph_engine(experiment, plan)
-    state = engine.initial_state(plan, experiment.server, seed)
-    settings = engine.settings(experiment.local, experiment.server, seed, client_plan)
+    server = _server_step(experiment, plan, model)
+    state = engine.initial_state(plan, server, seed)
+    settings = engine.settings(experiment.local, server, seed, client_plan)
     if actors is None:
         return model, GraphRounds(engine, state, settings)
     from dpfl.simulation.ray_rounds import RayRounds, Work
 
-    work = Work(experiment.data, model, experiment.local, experiment.server, plan, client_plan, seed)
+    work = Work(experiment.data, model, experiment.local, server, plan, client_plan, seed)
     return model, RayRounds(actors, engine, state, settings, work)
+
+
+def _server_step(experiment: Experiment, plan: Plan, model: FunctionalModel) -> ServerStep:
+    return ServerStep(experiment.server, plan.compression, tuple(model.shapes), plan.rounds)
 
 
 def _model(experiment: Experiment) -> FunctionalModel:
@@ -360,13 +360,13 @@ def _graph_engine(experiment: Experiment, plan: Plan, together: bool = False) ->
         data.fingerprint,
         model if isinstance(model, str) else model.key,
         experiment.local.structure,
-        experiment.server.name,
+        ServerStep(experiment.server, plan.compression, (), plan.rounds).structure,
         plan.structure,
     )
     if key not in _ENGINES:
         model = _model(experiment)
-        query = plan.query(0, model.initial_weights(0))
-        _ENGINES[key] = model, Engine(data, model, experiment.local, experiment.server, query, together)
+        query, server = plan.query(0, model.initial_weights(0)), _server_step(experiment, plan, model)
+        _ENGINES[key] = model, Engine(data, model, experiment.local, server, query, together)
         if len(_ENGINES) > _KEPT_ENGINES:
             _ENGINES.popitem(last=False)
     _ENGINES.move_to_end(key)
@@ -421,6 +421,16 @@ def _example_columns(client_plan: ClientPlan | None, realised: ClientEpsilons | 
     return dict(zip(names, values, strict=True))
 
 
+def _compression_columns(compression: Compression) -> dict[str, Any]:
+    """How updates and models are made smaller, as columns of `runs.csv`."""
+    names = ("bits", "rotation", "random_k", "rank", "sparsity", "top_k", "error_feedback")
+    return {
+        "compression": compression.in_words(),
+        "compression_settings": json.dumps(compression.model_dump()),
+        **{name: getattr(compression, name) for name in names},
+    }
+
+
 def _settings_columns(
     experiment: Experiment, plan: Plan, client_plan: ClientPlan | None, model_key: str, parameters: int | None
 ) -> dict[str, Any]:
@@ -460,6 +470,7 @@ def _settings_columns(
         "engine": experiment.engine,
         "server_optimizer": server.name,
         "server_learning_rate": server.learning_rate,
+        **_compression_columns(experiment.compression),
         "cohort": plan.expected_cohort,
         "deployment_clients": None if deployment is None else deployment.clients,
         "deployment_cohort": None if deployment is None else deployment.cohort,

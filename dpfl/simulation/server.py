@@ -1,12 +1,16 @@
-"""What the server does with the noisy mean update."""
+"""What the server does with the noisy mean update: its optimizer's step, and what compression makes of the model."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 
+from dpfl.compression import Compression
+from dpfl.compression.config import count_of
 from dpfl.config import Config
 from dpfl.errors import InputError
 
@@ -84,3 +88,90 @@ class ServerOptimizer(Config):
         )
         moved = [w + rate * m / (tf.sqrt(v) + adaptivity) for w, m, v in zip(weights, first, second, strict=True)]
         return moved, (first, second)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerStep:
+    """What the server does in a round with what the mechanism released: post-processing, which costs no privacy.
+
+    The optimizer moves the weights; pruned weights stay zero and others join them; or, of the moved weights, just
+    those that moved most are released.
+
+    Attributes:
+        optimizer: the server's.
+        compression: of the run.
+        shapes: of the trainable weights.
+        rounds: of the whole run.
+    """
+
+    optimizer: ServerOptimizer
+    compression: Compression
+    shapes: tuple[tuple[int, ...], ...]
+    rounds: int
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """What a compiled graph depends on: steps that agree in it differ in numbers alone."""
+        of_models = (str(self.compression), self.rounds) if self.compression.of_models else ()
+        return (self.optimizer.name, *of_models)
+
+    def initial_state(self, weights: list[tf.Tensor]) -> tuple[Any, ...]:
+        """The optimizer's moments before the first round, and what error feedback has left out so far: nothing."""
+        import tensorflow as tf
+
+        memory = tuple(tf.zeros_like(weight) for weight in weights) if self.compression.error_feedback else ()
+        return self.optimizer.initial_state(weights), memory
+
+    def apply(
+        self,
+        weights: list[tf.Tensor],
+        update: list[tf.Tensor],
+        state: tuple[Any, ...],
+        numbers: tuple[tf.Tensor, ...],
+        rounds_done: tf.Tensor,
+    ) -> tuple[list[tf.Tensor], tuple[Any, ...]]:
+        """Returns the weights and the state after one round, in graph.
+
+        Args:
+            weights: the model's weights before the round.
+            update: the noisy mean of the clients' updates (after minus before).
+            state: from `initial_state` or the round before.
+            numbers: the values of `ServerOptimizer.numbers()`, as float32 scalars.
+            rounds_done: rounds before this one, an int32 scalar.
+        """
+        moments, memory = state
+        moved, moments = self.optimizer.apply(weights, update, moments, numbers)
+        if self.compression.sparsity:
+            moved = self._pruned(weights, moved, rounds_done)
+        if self.compression.top_k is not None:
+            moved, memory = self._largest_changes(weights, moved, memory)
+        return moved, (moments, memory)
+
+    def _pruned(
+        self, before: Sequence[tf.Tensor], moved: Sequence[tf.Tensor], rounds_done: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """The moved weights, zero where they were pruned before and where the schedule prunes them now.
+
+        An optimizer's moments from before the pruning would move them.
+        """
+        from dpfl.compression.subspace import Subspaces
+
+        subspaces = Subspaces(self.compression, self.shapes, self.rounds)
+        kept = [weight * mask for weight, mask in zip(moved, subspaces.masks(before, rounds_done), strict=True)]
+        masks = subspaces.masks(kept, rounds_done + 1)
+        return [weight * mask for weight, mask in zip(kept, masks, strict=True)]
+
+    def _largest_changes(
+        self, before: Sequence[tf.Tensor], moved: Sequence[tf.Tensor], memory: tuple[tf.Tensor, ...]
+    ) -> tuple[list[tf.Tensor], tuple[tf.Tensor, ...]]:
+        """The weights with the largest changes alone, and the changes that are still to be made."""
+        from dpfl.compression.subspace import largest_of_all
+
+        changes = [new - old for new, old in zip(moved, before, strict=True)]
+        if memory:
+            changes = [change + left for change, left in zip(changes, memory, strict=True)]
+        assert self.compression.top_k is not None
+        released = largest_of_all(changes, count_of(self.compression.top_k, sum(map(math.prod, self.shapes))))
+        if memory:
+            memory = tuple(change - part for change, part in zip(changes, released, strict=True))
+        return [old + part for old, part in zip(before, released, strict=True)], memory

@@ -10,14 +10,16 @@ import numpy as np
 import tensorflow as tf
 
 from dpfl.clients.example_privacy import ClientPlan
+from dpfl.compression.subspace import Projection, Subspaces
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Plan
 from dpfl.models.functional import FunctionalModel
+from dpfl.randomness import Purpose, stateless_seed
 from dpfl.simulation.experiment import Experiment
 from dpfl.simulation.rounds import arrays_of, structure_of
-from dpfl.simulation.server import ServerOptimizer
+from dpfl.simulation.server import ServerStep
 from dpfl.simulation.state import NORM_QUANTILES
-from dpfl.tff.aggregation import aggregator, measured
+from dpfl.tff.aggregation import after_release, measured, simulated
 from dpfl.tff.models import evaluation_model
 from dpfl.tff.optimizers import optimizer_of
 from dpfl.tff.processes import learning_process, records
@@ -36,6 +38,7 @@ class TffRounds:
     Args:
         experiment: what to run.
         model: its model as a function of its weights.
+        server: the server's step.
         plan: of the server.
         client_plan: of clients that train by DP-SGD; None if they do not.
         seed: of everything random.
@@ -45,21 +48,28 @@ class TffRounds:
     """
 
     def __init__(
-        self, experiment: Experiment, model: FunctionalModel, plan: Plan, client_plan: ClientPlan | None, seed: int
+        self,
+        experiment: Experiment,
+        model: FunctionalModel,
+        server: ServerStep,
+        plan: Plan,
+        client_plan: ClientPlan | None,
+        seed: int,
     ) -> None:
         self._tff = tensorflow_federated()
-        self._data, self._model = experiment.data, model
+        self._data, self._model, self._plan = experiment.data, model, plan
         self._is_private = client_plan is not None
         weighted = plan.mechanism.weighting == "examples"
-        mean = self._tff.aggregators.MeanFactory(no_nan_division=True) if weighted else aggregator(plan, seed=seed)
+        mean = self._tff.aggregators.MeanFactory(no_nan_division=True) if weighted else simulated(plan, seed)
         self._process = learning_process(
             model,
             experiment.local,
             aggregator=measured(mean),
-            server_optimizer=_server_optimizer(experiment.server),
+            server_optimizer=_server_optimizer(server),
             seed=seed,
             client_plan=client_plan,
             weighted=weighted,
+            projection=_projection(plan, model, seed),
         )
         self._state = self._process.initialize()
         self._rounds_done = 0
@@ -103,6 +113,7 @@ class TffRounds:
         clients = [records(*self._data.client(client), client, self._rounds_done) for client in cohort]
         output = self._process.next(self._state, clients)
         self._state = output.state
+        self._state = after_release(self._plan, self._state, self.weights())
         self._rounds_done += 1
         return self._measurements(output.metrics, max(len(cohort), 1))
 
@@ -125,11 +136,24 @@ def _held_out(data: FederatedData, split: str) -> tuple[np.ndarray, np.ndarray]:
     return (data.x_test, data.y_test) if split == "test" else (data.x_validation, data.y_validation)
 
 
-def _server_optimizer(server: ServerOptimizer) -> Any:
-    """The server's optimizer as TFF's, which takes before minus after for a gradient."""
+def _projection(plan: Plan, model: FunctionalModel, seed: int) -> Projection | None:
+    """How clients train the weights that compression leaves; None where these are all."""
+    if not plan.compression.selects:
+        return None
+    return Projection(Subspaces(plan.compression, model.shapes, plan.rounds), stateless_seed(seed, Purpose.SUBSPACE))
+
+
+def _server_optimizer(server: ServerStep) -> Any:
+    """The server's step as TFF's optimizer, which takes before minus after for a gradient; it counts the rounds."""
+
+    def initialize(weights: list[tf.Tensor]) -> Any:
+        return tf.constant(0), server.initial_state(weights)
 
     def apply(weights: list[tf.Tensor], gradients: list[tf.Tensor], state: Any) -> tuple[list[tf.Tensor], Any]:
-        numbers = tuple(tf.constant(number, tf.float32) for number in server.numbers())
-        return server.apply(weights, [-gradient for gradient in gradients], state, numbers)
+        numbers = tuple(tf.constant(number, tf.float32) for number in server.optimizer.numbers())
+        rounds_done, inner = state
+        update = [-gradient for gradient in gradients]
+        weights, inner = server.apply(weights, update, inner, numbers, rounds_done)
+        return weights, (rounds_done + 1, inner)
 
-    return optimizer_of(server.initial_state, apply)
+    return optimizer_of(initialize, apply)

@@ -33,6 +33,8 @@ def together_key(experiment: Experiment, plan: Plan) -> tuple[Any, ...] | None:
         or experiment.engine != "graph"
         or local.is_private
         or not experiment.mechanism.works_side_by_side
+        or experiment.compression.of_updates
+        or experiment.compression.of_models
     ):
         return None
     return (

@@ -77,9 +77,34 @@ def aggregator(plan: Plan, *, seed: int | None = None) -> tff.aggregators.Aggreg
             "the plan weights clients by their examples, and its aggregator is TFF's own: give "
             "tff.aggregators.MeanFactory() to a weighted builder (tff.learning.algorithms.build_weighted_fed_avg)."
         )
+    if plan.compression.sparsity:
+        raise InputError(
+            "pruning follows the released weights, which an aggregator does not see: run the experiment with "
+            'engine="tff", or leave sparsity out.'
+        )
     if seed is None:
         return _factories(tff).private(plan, secrets.randbits(64), afresh=True)
     return _factories(tff).private(plan, check_seed(seed), afresh=False)
+
+
+def simulated(plan: Plan, seed: int) -> Any:
+    """The aggregator of a simulation, which follows the released weights by `after_release`; see `aggregator`."""
+    return _factories(tensorflow_federated()).private(plan, seed, afresh=False)
+
+
+def after_release(plan: Plan, state: Any, weights: Any) -> Any:
+    """The state of a process built of `simulated`, after a round whose model is released.
+
+    Args:
+        plan: of the mechanism.
+        state: of the learning process.
+        weights: of the model that is released.
+    """
+    if not plan.compression.sparsity:
+        return state
+    query = BeforeMinusAfter(plan.query(0, [tf.TensorSpec(weight.shape) for weight in weights]))
+    followed = query.after_release(state.aggregator.query_state, [tf.constant(weight) for weight in weights])
+    return state._replace(aggregator=state.aggregator._replace(query_state=followed))
 
 
 def measured(factory: Any) -> Any:
@@ -134,16 +159,31 @@ class BeforeMinusAfter(SumAggregationDPQuery):
         """The norm to which records are clipped in the next round, a float32 scalar."""
         return self._query.clip_norm(self._query.derive_sample_params(global_state))
 
+    def rounds_done(self, global_state: Any) -> tf.Tensor:
+        """How many sums were released, an int32 scalar."""
+        return self._query.rounds_done(global_state)
+
+    def record_norm(self, global_state: Any, update: Any) -> tf.Tensor:
+        """See `MeanQuery.record_norm`."""
+        return self._query.record_norm(global_state, update)
+
+    def after_release(self, global_state: Any, weights: Any) -> Any:
+        """See `MeanQuery.after_release`."""
+        return self._query.after_release(global_state, weights)
+
 
 def _with_fresh_seeds(state: Any) -> Any:
-    """The initial state of a `MeanQuery` with seeds that neither of two sources is enough to know."""
-    numerator = state.numerator_state
-    seeds = {
-        name: tf.bitwise.bitwise_xor(value, fresh_seeds(1)[0])
-        for name, value in numerator._asdict().items()
-        if name == "seed" or name.endswith("_seed")
-    }
-    return state._replace(numerator_state=numerator._replace(**seeds))
+    """A query's initial state, and those in it, with seeds that neither of two sources is enough to know."""
+    if not hasattr(state, "_asdict"):
+        return state
+    return state._replace(
+        **{
+            name: tf.bitwise.bitwise_xor(value, fresh_seeds(1)[0])
+            if name == "seed" or name.endswith("_seed")
+            else _with_fresh_seeds(value)
+            for name, value in state._asdict().items()
+        }
+    )
 
 
 class _Factories(NamedTuple):
@@ -168,7 +208,8 @@ def _factories(tff: Any) -> _Factories:
             return BeforeMinusAfter(query, afresh=self._afresh)
 
         def create(self, value_type: Any, weight_type: Any = None) -> Any:
-            process = tff.aggregators.DifferentiallyPrivateFactory(self.query(value_type)).create(value_type)
+            query = self.query(value_type)
+            process = tff.aggregators.DifferentiallyPrivateFactory(query).create(value_type)
             state_type, values_type = (
                 process.initialize.type_signature.result,
                 tff.FederatedType(value_type, tff.CLIENTS),
@@ -179,7 +220,7 @@ def _factories(tff: Any) -> _Factories:
             @tf.function(autograph=False)
             def covered(state: Any) -> Any:
                 tf.debugging.assert_less(
-                    state.query_state.numerator_state.round,
+                    query.rounds_done(state.query_state),
                     rounds,
                     f"the plan's {rounds} rounds are done and its guarantee covers no more: plan more rounds.",
                 )
@@ -203,10 +244,6 @@ def _factories(tff: Any) -> _Factories:
 
             return tff.templates.AggregationProcess(process.initialize, next_weighted)
 
-        def clip_norm(self, value_type: Any, state_type: Any) -> Any:
-            query = self.query(value_type)
-            return tff.tensorflow.computation(lambda state: query.clip_norm(state.query_state), state_type)
-
     class Measured(tff.aggregators.WeightedAggregationFactory):
         def __init__(self, factory: Any) -> None:
             self._factory = factory
@@ -215,14 +252,15 @@ def _factories(tff: Any) -> _Factories:
             float_type = tff.TensorType(np.float32)
             process = self._factory.create(value_type, weight_type)
             state_type = process.initialize.type_signature.result
-            if isinstance(self._factory, Private):
-                clip_norm_of = self._factory.clip_norm(value_type, state_type.member)
-            else:
-                clip_norm_of = tff.tensorflow.computation(lambda state: tf.constant(math.inf), state_type.member)
+            query = self._factory.query(value_type) if isinstance(self._factory, Private) else None
 
-            @tff.tensorflow.computation(float_type, value_type, weight_type)
-            def of_client(clip_norm: Any, value: Any, weight: Any) -> Any:
-                norm = global_norm(value)
+            @tff.tensorflow.computation(state_type.member)
+            def clip_norm_of(state: Any) -> Any:
+                return tf.constant(math.inf) if query is None else query.clip_norm(state.query_state)
+
+            @tff.tensorflow.computation(float_type, state_type.member, value_type, weight_type)
+            def of_client(clip_norm: Any, state: Any, value: Any, weight: Any) -> Any:
+                norm = global_norm(value) if query is None else query.record_norm(state.query_state, value)
                 came = (weight > 0) & tf.math.is_finite(norm)
                 return (
                     tf.where(came, norm, 0.0),
@@ -243,9 +281,8 @@ def _factories(tff: Any) -> _Factories:
             def next_round(state: Any, values: Any, weights: Any) -> Any:
                 values, weights = tff.federated_map(finite, (values, weights))
                 clip_norm = tff.federated_map(clip_norm_of, state)
-                seen = tff.federated_sum(
-                    tff.federated_map(of_client, (tff.federated_broadcast(clip_norm), values, weights))
-                )
+                shared = (tff.federated_broadcast(clip_norm), tff.federated_broadcast(state))
+                seen = tff.federated_sum(tff.federated_map(of_client, (*shared, values, weights)))
                 output = process.next(state, values, weights)
                 measurements = tff.federated_zip(AggregationMeasurements(seen[0], seen[1], seen[2], clip_norm))
                 return tff.templates.MeasuredProcessOutput(output.state, output.result, measurements)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
+from dpfl.compression.subspace import Projection
 from dpfl.models.functional import FunctionalModel, ModelBuilder, cross_entropies
 from dpfl.tff.batches import BatchSpec, class_labels, functional_model
 from dpfl.tff.runtime import tensorflow_federated
@@ -59,7 +60,9 @@ def evaluation_model(
     )
 
 
-def training_model(model: FunctionalModel, weights: Any) -> tff.learning.models.FunctionalModel:
+def training_model(
+    model: FunctionalModel, weights: Any, projection: Projection | None = None
+) -> tff.learning.models.FunctionalModel:
     """Returns the model in TFF's form for training without example-level privacy.
 
     Its minibatches are OrderedDict(x=OrderedDict(examples=, mask=, seed=), y=): examples float32
@@ -70,15 +73,19 @@ def training_model(model: FunctionalModel, weights: Any) -> tff.learning.models.
     Args:
         model: the model as a function of its weights.
         weights: initial ones, a list of arrays as `model.shapes` says.
+        projection: onto the weights that are trained; minibatches then have the number of the round too, x["round"],
+            an int32 scalar. None trains all.
     """
     tff = tensorflow_federated()
-    forward = _traced(model, training=True)
+    forward = _traced(model, training=True, projection=projection)
+    of_round = {} if projection is None else {"round": tf.TensorSpec([], tf.int32)}
 
     @tf.function(autograph=False)
     def predict(weights: Any, x: Any, training: bool) -> Any:
         # TFF takes the first of the outputs for the predictions, and their number for that of the examples.
         counts = x["mask"] > 0
-        logits, penalty = forward(list(weights[0]), tf.boolean_mask(x["examples"], counts), x["seed"])
+        rounds = () if projection is None else (x["round"],)
+        logits, penalty = forward(list(weights[0]), tf.boolean_mask(x["examples"], counts), x["seed"], *rounds)
         return logits, penalty, counts
 
     def mean_loss(output: Any, label: tf.Tensor, sample_weight: Any = None) -> tf.Tensor:
@@ -95,19 +102,24 @@ def training_model(model: FunctionalModel, weights: Any) -> tff.learning.models.
                 examples=tf.TensorSpec([None, *model.example_shape]),
                 mask=tf.TensorSpec([None]),
                 seed=tf.TensorSpec([2], tf.int32),
+                **of_round,
             ),
             y=tf.TensorSpec([None], tf.int32),
         ),
     )
 
 
-def _traced(model: FunctionalModel, *, training: bool) -> Any:
+def _traced(model: FunctionalModel, *, training: bool, projection: Projection | None = None) -> Any:
     """The model's logits and weight penalty, traced outside of TFF.
 
     In TFF's graphs `==` on tensors compares objects, not values, and Keras falls back to TensorFlow 1.
     """
 
-    def forward(weights: list[tf.Tensor], x: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def forward(
+        weights: list[tf.Tensor], x: tf.Tensor, seed: tf.Tensor, *rounds: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        if projection is not None:
+            weights = projection.gated(weights, *rounds)
         labels = tf.zeros(tf.shape(x)[:1], tf.int32)
         _, logits, penalty = model.losses_and_logits(weights, x, labels, training_seed=seed if training else None)
         return logits, penalty
@@ -116,6 +128,7 @@ def _traced(model: FunctionalModel, *, training: bool) -> Any:
         [tf.TensorSpec(shape) for shape in model.shapes],
         tf.TensorSpec([None, *model.example_shape]),
         tf.TensorSpec([2], tf.int32),
+        *([] if projection is None else [tf.TensorSpec([], tf.int32)]),
     )
 
 

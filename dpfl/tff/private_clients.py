@@ -13,6 +13,7 @@ from dpfl.clients.dp_sgd import ClientSeeds, client_numbers, client_seeds, run_s
 from dpfl.clients.example_privacy import ClientPlan
 from dpfl.clients.per_example import check_model
 from dpfl.clients.schedule import examples_seen
+from dpfl.compression.subspace import Projection
 from dpfl.errors import InputError
 from dpfl.models.functional import FunctionalModel, ModelBuilder
 from dpfl.randomness import check_seed
@@ -216,18 +217,19 @@ def private_work(
     *,
     weighted: bool = False,
     measured: bool = False,
+    projection: Projection | None = None,
 ) -> Any:
     """`client_work` of what was checked.
 
     Weighted, clients weigh as much as the examples that they process. Measured, the process reports the clients'
-    `clipped_fraction`s, summed up.
+    `clipped_fraction`s, summed up. With a projection they train the weights that it leaves.
     """
     run = np.stack(run_seeds(_drawn_if_none(seed)))
     state_type = tff.to_type(WorkState(np.int32, (np.int32, [3, 2])))
     tensors = [tff.TensorType(np.float32, shape) for shape in model.shapes]
     weights_type = tff.to_type(tff.learning.models.ModelWeights(tensors, ()))
     data_type = tff.SequenceType(tff.types.tensorflow_to_type(spec.elements))
-    traced = _traced(model, plan, spec, seeded=seed is not None)
+    traced = _traced(model, plan, spec, projection, seeded=seed is not None)
 
     @tff.tensorflow.computation(state_type, weights_type, data_type)
     @tf.function(autograph=False)
@@ -265,7 +267,9 @@ def private_work(
 # From here on everything runs in graph, on one client.
 
 
-def _traced(model: FunctionalModel, plan: ClientPlan, spec: BatchSpec, *, seeded: bool) -> Any:
+def _traced(
+    model: FunctionalModel, plan: ClientPlan, spec: BatchSpec, projection: Projection | None, *, seeded: bool
+) -> Any:
     """A client's training, traced outside of TFF.
 
     In TFF's graphs `==` on tensors compares objects, not values, and Keras falls back to TensorFlow 1: traced
@@ -273,7 +277,7 @@ def _traced(model: FunctionalModel, plan: ClientPlan, spec: BatchSpec, *, seeded
     """
 
     def train(state: WorkState, weights: list[tf.Tensor], x: tf.Tensor, y: tf.Tensor, indices: tf.Tensor) -> _Sent:
-        return _train(model, plan, state, weights, x, y, indices if seeded else None)
+        return _train(model, plan, state, weights, x, y, indices if seeded else None, projection)
 
     labels = tf.TensorSpec([None], tf.int32)
     return tf.function(train, autograph=False).get_concrete_function(
@@ -293,6 +297,7 @@ def _train(
     x: tf.Tensor,
     y: tf.Tensor,
     indices: tf.Tensor | None,
+    projection: Projection | None,
 ) -> _Sent:
     """What one client sends: zeros where it has no examples, and with weight 0 where its update is not finite."""
     records = tf.shape(y)[0]
@@ -313,6 +318,7 @@ def _train(
             training=plan.training,
             numbers=client_numbers(plan.training, plan.noise_multiplier),
             seeds=client_seeds(seeds, state.round, client),
+            onto=list if projection is None else projection.onto(weights, state.round),
         )
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(part)) for part in update])
         sent = [tf.where(finite, -part, tf.zeros_like(part)) for part in update]

@@ -11,6 +11,7 @@ import tensorflow as tf
 from dpfl.clients import ClientTraining
 from dpfl.clients.example_privacy import ClientPlan
 from dpfl.clients.schedule import minibatches
+from dpfl.compression.subspace import Projection
 from dpfl.models.functional import FunctionalModel
 from dpfl.randomness import Purpose, stateless_seed
 from dpfl.tff.batches import BatchSpec
@@ -32,6 +33,7 @@ def learning_process(
     seed: int,
     client_plan: ClientPlan | None = None,
     weighted: bool = False,
+    projection: Projection | None = None,
 ) -> tff.learning.templates.LearningProcess:
     """Builds the process in which clients train as in the in-graph engine, to the same minibatches and noise.
 
@@ -48,6 +50,7 @@ def learning_process(
         seed: of initial weights, minibatches, random layers and the noise of the clients.
         client_plan: the plan of clients that train by DP-SGD; None if they do not.
         weighted: whether clients weigh as much as the examples that they processed, and not all the same.
+        projection: onto the weights that are trained; None for all.
 
     Returns:
         A `tff.learning.templates.LearningProcess` whose `next` takes, for each client, what `records` gives.
@@ -56,11 +59,13 @@ def learning_process(
     weights = model.initial_weights(seed)
     if client_plan is not None:
         spec = BatchSpec.of(_whole_spec(model))
-        work = private_work(tff, model, client_plan, spec, seed, weighted=weighted, measured=True)
+        work = private_work(
+            tff, model, client_plan, spec, seed, weighted=weighted, measured=True, projection=projection
+        )
         process = composed(tff, weights, work, aggregator, server_optimizer)
         batches: Any = _whole
     else:
-        functional = training_model(model, weights)
+        functional = training_model(model, weights, projection)
         common = {"server_optimizer_fn": server_optimizer, "model_aggregator": aggregator}
         weighting = tff.learning.ClientWeighting.NUM_EXAMPLES if weighted else tff.learning.ClientWeighting.UNIFORM
         averaging = {**common, "client_optimizer_fn": client_optimizer(training), "client_weighting": weighting}
@@ -69,7 +74,7 @@ def learning_process(
             process = tff.learning.algorithms.build_fed_sgd(functional, **common, **loop)
         else:
             process = tff.learning.algorithms.build_weighted_fed_avg(functional, **averaging, **loop)
-        batches = _minibatches(model, training, seed)
+        batches = _minibatches(model, training, seed, with_round=projection is not None)
 
     @tff.tensorflow.computation(tff.types.tensorflow_to_type(_records_spec(model)))
     def on_client(records: Any) -> tf.data.Dataset:
@@ -108,7 +113,7 @@ def _whole(records: Any) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensors(collections.OrderedDict(x=records["x"], y=records["y"], client=indices))
 
 
-def _minibatches(model: FunctionalModel, training: ClientTraining, seed: int) -> Any:
+def _minibatches(model: FunctionalModel, training: ClientTraining, seed: int, *, with_round: bool) -> Any:
     """Lays out a client's minibatches of a round as the in-graph engine does, with the seeds of random layers."""
     shuffling, layers = (stateless_seed(seed, purpose) for purpose in (Purpose.SHUFFLING, Purpose.MODEL))
     fold_in = tf.random.experimental.stateless_fold_in
@@ -127,6 +132,8 @@ def _minibatches(model: FunctionalModel, training: ClientTraining, seed: int) ->
         of_client = fold_in(fold_in(tf.constant(layers), records["round"]), records["client"])
         seeds = tf.map_fn(lambda step: fold_in(of_client, step), tf.range(tf.shape(rows)[1]))
         x = collections.OrderedDict(examples=tf.gather(records["x"], rows[0]), mask=mask[0], seed=seeds)
+        if with_round:
+            x["round"] = tf.fill(tf.shape(rows)[1:2], records["round"])
         return collections.OrderedDict(x=x, y=tf.gather(records["y"], rows[0]))
 
     # Traced outside of TFF, as models are.

@@ -1,0 +1,9 @@
+"""Compression: what an update looks like on the wire, and how the model becomes smaller.
+
+`Compression` says what is wanted. The codec, the subspaces and the pruning are pure functions beneath the mechanisms,
+whose queries use them; see `dpfl.mechanisms.compressed_queries` for the order that keeps the guarantee.
+"""
+
+from dpfl.compression.config import Compression
+
+__all__ = ["Compression"]
