@@ -4,6 +4,7 @@ They need neither pyplot nor a display nor TensorFlow.
 """
 
 from dpfl.charts.clients import client_epsilons
+from dpfl.charts.compression import compression
 from dpfl.charts.convergence import convergence, signal_to_noise
 from dpfl.charts.everything import draw_all
 from dpfl.charts.multiples import small_multiples
@@ -19,6 +20,7 @@ __all__ = [
     "clipping",
     "clipping_map",
     "cohort",
+    "compression",
     "convergence",
     "draw_all",
     "epsilon",

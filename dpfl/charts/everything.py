@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from dpfl.charts import sweeps, tradeoffs, words
 from dpfl.charts.clients import client_epsilons as epsilons_of_clients
+from dpfl.charts.compression import compression
 from dpfl.charts.convergence import convergence, signal_to_noise
 from dpfl.charts.multiples import small_multiples
 from dpfl.charts.pareto import pareto
@@ -51,8 +52,8 @@ def draw_all(
 
     Runs that no chart can show together (of several datasets, models, numbers of clients or guarantees) get one
     set of charts each, in a subfolder named by what differs. Where a study varies the cohort, the local work, the
-    mechanism or the clients' heterogeneity, charts over something else show the value that most runs have; their
-    captions name it.
+    mechanism, the compression or the clients' heterogeneity, charts over something else show the value that most runs
+    have; their captions name it.
 
     Args:
         frame: The tidy frame of a study, one row per run.
@@ -108,10 +109,11 @@ def _charts(
         "local_steps": _Chart(sweeps.local_steps, (work,), (work,)),
         "convergence": _Chart(lambda runs: convergence(runs, _known(history, "history"))),
         "signal_to_noise": _Chart(lambda runs: signal_to_noise(runs, _known(history, "history"))),
-        "pareto": _Chart(pareto, ("bytes_up",), ("cohort", work)),
+        "pareto": _Chart(pareto, ("bytes_up",), ("cohort", work, "compression")),
+        "compression": _Chart(compression, ("compression",), ("compression",)),
         "client_epsilons": _Chart(
             lambda runs: epsilons_of_clients(_known(client_epsilons, "table of clients' epsilons"), runs),
-            varying=("mechanism", "cohort", work, "dirichlet_alpha"),
+            varying=("mechanism", "cohort", work, "dirichlet_alpha", "compression"),
         ),
     }
     if "dirichlet_alpha" in frame:
@@ -162,7 +164,7 @@ def _known(table: pd.DataFrame | None, what: str) -> pd.DataFrame:
 def _focus(frame: pd.DataFrame, varying: Sequence[str]) -> pd.DataFrame:
     """Return the runs of one chart: of whatever it cannot vary those with the commonest value, the first in a tie."""
     work = sweeps.work_column(frame)
-    for column in ("mechanism", "cohort", "dirichlet_alpha", work):
+    for column in ("mechanism", "cohort", "dirichlet_alpha", "compression", work):
         if column is None or column not in frame or column in varying:
             continue
         of = clipped(frame) if column == "mechanism" else frame

@@ -15,9 +15,19 @@ from dpfl.charts.words import number
 from dpfl.errors import InputError
 from dpfl.statistics import summarise
 
-_SETTING = ["mechanism", "epsilon", "delta", "clip_norm", "rounds", "cohort", "local_steps", "local_epochs"]
+_SETTING = [
+    "mechanism",
+    "epsilon",
+    "delta",
+    "clip_norm",
+    "rounds",
+    "cohort",
+    "local_steps",
+    "local_epochs",
+    "compression",
+]
 _ALIKE = 1.01
-_VARYING = ("cohort", "local_steps", "local_epochs")
+_VARYING = ("cohort", "local_steps", "local_epochs", "compression")
 
 
 def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
@@ -59,7 +69,7 @@ def pareto(frame: pd.DataFrame) -> Figure:
     if table["bytes_up"].max() < _ALIKE * table["bytes_up"].min():
         raise InputError(
             f"All settings send about as much ({words.size(table['bytes_up'].mean())}), so there is nothing to draw: "
-            "vary the number of rounds or the cohort."
+            "vary the number of rounds, the cohort or the compression."
         )
 
     figure, axes = canvas.start("Bytes from clients to the server, all clients and rounds")

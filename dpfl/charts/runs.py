@@ -15,6 +15,7 @@ from dpfl.errors import InputError
 from dpfl.statistics import best as best
 
 _PER_CHART = ("dataset", "model", "clients", "cohort")
+_UNCOMPRESSED = "none"
 _PER_GUARANTEE = ("mechanism", "unit", "relation", "sampler", "accountant")
 _DEPLOYMENT = ("deployment_clients", "deployment_cohort")
 _SETTING = ("epsilon", "delta", "clip_norm", "rounds")
@@ -48,6 +49,7 @@ def prepare(frame: pd.DataFrame, varying: Sequence[str] = (), *, fixed_noise: bo
     if missing:
         raise InputError(f"The frame lacks {several(missing)}: pass the frame of runs that a study returns.")
     frame = frame.assign(**{column: float("nan") for column in _MAY_BE_MISSING if column not in frame})
+    frame["compression"] = frame["compression"].fillna(_UNCOMPRESSED) if "compression" in frame else _UNCOMPRESSED
     floats = [*_MAY_BE_MISSING, "epsilon", "delta", "clip_norm", "noise_multiplier", "accuracy", "validation_accuracy"]
     runs = _by_unit(frame.astype(dict.fromkeys(floats, float)))
     failed = runs["status"] == "failed"
@@ -59,7 +61,7 @@ def prepare(frame: pd.DataFrame, varying: Sequence[str] = (), *, fixed_noise: bo
     runs.attrs.update(failed=int(failed.sum()), at_fixed_noise=len(left_out), all=len(frame))
     noisy = runs[runs["epsilon"].notna() | (runs["noise_multiplier"] > 0)]
     of_clips = ("mechanism", "clip_quantile")
-    alike = ((runs, _PER_CHART), (clipped(runs), of_clips), (noisy, (*_PER_GUARANTEE, *_DEPLOYMENT)))
+    alike = ((runs, (*_PER_CHART, "compression")), (clipped(runs), of_clips), (noisy, (*_PER_GUARANTEE, *_DEPLOYMENT)))
     for rows, columns in alike:
         for column in columns:
             if column in varying:

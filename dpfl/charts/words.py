@@ -156,6 +156,9 @@ def setting(runs: pd.DataFrame) -> str:
 def _shared(runs: pd.DataFrame) -> str:
     """Return what else all runs share, as sentences: their local work and their Dirichlet partition, where known."""
     sentences = ""
+    if "compression" in runs and list(runs["compression"].unique()) not in ([], ["none"]):
+        ways = runs["compression"].unique()
+        sentences = f" Compression: {ways[0]}." if len(ways) == 1 else ""
     for column in ("local_steps", "local_epochs"):
         if column in runs and runs[column].notna().all() and len(runs[column].unique()) == 1:
             sentences += f" Local {column.removeprefix('local_')} in a round: {number(runs[column].iloc[0])}."

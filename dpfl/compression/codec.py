@@ -51,39 +51,68 @@ class Codec(NamedTuple):
         Returns:
             uint8 (bytes,).
         """
-        if self.bits is None:
-            return tf.reshape(tf.bitcast(vector, tf.uint8), [-1])
-        buckets = self._in_buckets(vector)
-        if self.rotation:
-            buckets = _rotated(buckets * _signs(tf.shape(buckets), signs_seed))
-        largest = tf.reduce_max(tf.abs(buckets), axis=1)
-        finite = tf.reduce_all(tf.math.is_finite(buckets), axis=1)
-        scales = tf.where(finite, largest, float("nan"))
-        levels = tf.math.divide_no_nan(buckets, largest[:, None]) * self.top + self.top
-        draws = tf.random.stateless_uniform(tf.shape(buckets), rounding_seed)
-        rounded = tf.clip_by_value(tf.floor(levels + draws), 0.0, 2 * self.top)
-        codes = tf.reshape(tf.cast(tf.where(finite[:, None], rounded, 0.0), tf.int64), [-1])
-        sent = _packed(codes[: self._codes(tf.shape(vector)[0])], self.bits)
-        return tf.concat([sent, tf.reshape(tf.bitcast(scales, tf.uint8), [-1])], axis=0)
+        return self.encode_by(vector, signs_seed, self.draws(tf.shape(vector)[-1], rounding_seed))
 
-    def decode(self, message: tf.Tensor, length: tf.Tensor, signs_seed: tf.Tensor) -> tf.Tensor:
-        """The vector of a message. A bucket that held a number that is not finite comes back as NaN.
+    def draws(self, length: tf.Tensor, rounding_seed: tf.Tensor) -> tf.Tensor:
+        """What a client rounds by: uniform numbers from 0 to 1, float32, as many as buckets have coordinates.
 
         Args:
-            message: uint8 (bytes,), from `encode`.
-            length: the number of coordinates, an int32 scalar, known to both sides.
-            signs_seed: as `encode` had it.
+            length: the number of coordinates, an int32 scalar.
+            rounding_seed: int32 (2,).
         """
         if self.bits is None:
-            return tf.bitcast(tf.reshape(message, [-1, 4]), tf.float32)
+            return tf.zeros([0])
+        return tf.random.stateless_uniform([(length + BUCKET - 1) // BUCKET * BUCKET], rounding_seed)
+
+    def encode_by(self, vector: tf.Tensor, signs_seed: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        """The messages of vectors, by given draws.
+
+        Args:
+            vector: float32 (..., coordinates). Private.
+            signs_seed: as of `encode`.
+            draws: from `draws`, for each vector its own.
+
+        Returns:
+            uint8 (..., bytes).
+        """
+        if self.bits is None:
+            return _bytes_of(vector)
+        buckets = _in_buckets(vector)
+        if self.rotation:
+            buckets = _rotated(buckets * _signs(tf.shape(buckets)[-2:], signs_seed))
+        largest = tf.reduce_max(tf.abs(buckets), axis=-1)
+        finite = tf.reduce_all(tf.math.is_finite(buckets), axis=-1)
+        scales = tf.where(finite, largest, float("nan"))
+        levels = tf.math.divide_no_nan(buckets, largest[..., None]) * self.top + self.top
+        floor = tf.floor(levels)
+        # A comparison, since the float32 sum of a level and a draw close to 1 is the level after the next.
+        up = tf.cast(tf.reshape(draws, tf.shape(buckets)) < levels - floor, tf.float32)
+        rounded = tf.clip_by_value(floor + up, 0.0, 2 * self.top)
+        codes = _joined(tf.cast(tf.where(finite[..., None], rounded, 0.0), tf.int64), 2)
+        sent = _packed(codes[..., : self._codes(tf.shape(vector)[-1])], self.bits)
+        return tf.concat([sent, _bytes_of(scales)], axis=-1)
+
+    def decode(self, message: tf.Tensor, length: tf.Tensor, signs_seed: tf.Tensor) -> tf.Tensor:
+        """The vectors of messages. A bucket that held a number that is not finite comes back as NaN.
+
+        Args:
+            message: uint8 (..., bytes), from `encode`.
+            length: the number of coordinates, an int32 scalar, known to both sides.
+            signs_seed: as `encode` had it.
+
+        Returns:
+            float32 (..., coordinates).
+        """
+        if self.bits is None:
+            return _floats_of(message)
         codes = self._codes(length)
         packed = (codes + _GROUP - 1) // _GROUP * self.bits
-        scales = tf.bitcast(tf.reshape(message[packed:], [-1, 4]), tf.float32)
-        levels = tf.cast(_unpacked(message[:packed], self.bits)[:codes], tf.float32) - self.top
-        buckets = self._in_buckets(levels) * (scales[:, None] / self.top)
+        scales = _floats_of(message[..., packed:])
+        levels = tf.cast(_unpacked(message[..., :packed], self.bits)[..., :codes], tf.float32) - self.top
+        buckets = _in_buckets(levels) * (scales[..., None] / self.top)
         if self.rotation:
-            buckets = _rotated(buckets) * _signs(tf.shape(buckets), signs_seed)
-        return tf.reshape(buckets, [-1])[:length]
+            buckets = _rotated(buckets) * _signs(tf.shape(buckets)[-2:], signs_seed)
+        return _joined(buckets, 2)[..., :length]
 
     def message_bytes(self, coordinates: int) -> int:
         """The length of the message of so many coordinates, found by writing one.
@@ -97,11 +126,6 @@ class Codec(NamedTuple):
     def _codes(self, length: tf.Tensor) -> tf.Tensor:
         """How many codes are sent: those of whole buckets where these were rotated."""
         return (length + BUCKET - 1) // BUCKET * BUCKET if self.rotation else length
-
-    def _in_buckets(self, vector: tf.Tensor) -> tf.Tensor:
-        """(buckets, 128), the last one filled up with zeros."""
-        missing = -tf.shape(vector)[0] % BUCKET
-        return tf.reshape(tf.concat([vector, tf.zeros([missing])], axis=0), [-1, BUCKET])
 
 
 @functools.cache
@@ -119,19 +143,49 @@ def _signs(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     return tf.where(bits < 0, -1.0, 1.0)
 
 
+def _split(tensor: tf.Tensor, *last: int) -> tf.Tensor:
+    """The last axis as several, of which the first has the length that is left."""
+    return tf.reshape(tensor, tf.concat([tf.shape(tensor)[:-1], [-1, *last]], axis=0))
+
+
+def _joined(tensor: tf.Tensor, axes: int) -> tf.Tensor:
+    """So many of the last axes as one."""
+    return tf.reshape(tensor, tf.concat([tf.shape(tensor)[:-axes], [-1]], axis=0))
+
+
+def _filled(tensor: tf.Tensor, multiple: int) -> tf.Tensor:
+    """The last axis filled up with zeros to a multiple."""
+    missing = -tf.shape(tensor)[-1] % multiple
+    return tf.pad(tensor, [[0, 0]] * (len(tensor.shape) - 1) + [[0, missing]])
+
+
+def _in_buckets(vector: tf.Tensor) -> tf.Tensor:
+    """(..., buckets, 128), the last one filled up with zeros."""
+    return _split(_filled(vector, BUCKET), BUCKET)
+
+
+def _bytes_of(floats: tf.Tensor) -> tf.Tensor:
+    return _joined(tf.bitcast(floats, tf.uint8), 2)
+
+
+def _floats_of(message: tf.Tensor) -> tf.Tensor:
+    return tf.bitcast(_split(message, 4), tf.float32)
+
+
 def _packed(codes: tf.Tensor, bits: int) -> tf.Tensor:
-    """Codes of so many bits, int64 (codes,), as bytes: 8 codes are as many bytes as a code has bits."""
-    groups = tf.reshape(tf.concat([codes, tf.zeros([-tf.shape(codes)[0] % _GROUP], tf.int64)], axis=0), [-1, _GROUP])
+    """Codes of so many bits, int64 (..., codes), as bytes: 8 codes are as many bytes as a code has bits."""
+    groups = _split(_filled(codes, _GROUP), _GROUP)
     shifted = tf.bitwise.left_shift(groups, tf.range(_GROUP, dtype=tf.int64) * bits)
     # Codes do not overlap, so that their sum is all of their bits; in two's complement this holds up to 64 of them.
-    words = tf.reduce_sum(shifted, axis=1)
-    return tf.reshape(tf.bitcast(words, tf.uint8)[:, :bits], [-1])
+    words = tf.reduce_sum(shifted, axis=-1)
+    return _joined(tf.bitcast(words, tf.uint8)[..., :bits], 2)
 
 
 def _unpacked(packed: tf.Tensor, bits: int) -> tf.Tensor:
     """The codes in whole groups, int64."""
-    groups = tf.reshape(packed, [-1, bits])
-    words = tf.bitcast(tf.pad(groups, [[0, 0], [0, 8 - bits]]), tf.int64)
+    groups = _split(packed, bits)
+    padding = [[0, 0]] * (len(groups.shape) - 1) + [[0, 8 - bits]]
+    words = tf.bitcast(tf.pad(groups, padding), tf.int64)
     places = tf.range(_GROUP, dtype=tf.int64) * bits
-    codes = tf.bitwise.bitwise_and(tf.bitwise.right_shift(words[:, None], places), tf.constant(2**bits - 1, tf.int64))
-    return tf.reshape(codes, [-1])
+    codes = tf.bitwise.bitwise_and(tf.bitwise.right_shift(words[..., None], places), tf.constant(2**bits - 1, tf.int64))
+    return _joined(codes, 2)

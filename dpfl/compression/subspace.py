@@ -74,7 +74,7 @@ class Subspaces:
             order = tf.random.experimental.stateless_shuffle(tf.range(dimension), round_seed(seed, round_number))
             indices = order[: self.record_shapes[0][0]]
             chosen = tf.scatter_nd(indices[:, None], tf.ones_like(indices, tf.float32), [dimension])
-            return Subspace(indices=indices, masks=tuple(self._as_tensors(chosen)))
+            return Subspace(indices=indices, masks=tuple(_as_tensors(chosen, self._shapes)))
         if compression.rank is not None:
             seeds = round_seed(seed, round_number)
             longer = [(index, max(matrix_shape(shape))) for index, shape in self._projected()]
@@ -116,14 +116,14 @@ class Subspaces:
 
         Args:
             subspace: of the round.
-            update: tensors of the weights' shapes. Private, and so is the record.
+            update: tensors of the weights' shapes, which may have further axes in front. Private, and so is the record.
         """
         if self._compression.random_k is not None:
-            return [tf.gather(self._as_vector(update), subspace.indices)]
+            return [tf.gather(_as_vector(update, self._shapes), subspace.indices, axis=-1)]
         if subspace.bases:
             record, bases = list(update), iter(subspace.bases)
             for index, shape in self._projected():
-                matrix, basis = tf.reshape(update[index], matrix_shape(shape)), next(bases)
+                matrix, basis = _reshaped(update[index], shape, matrix_shape(shape)), next(bases)
                 of_rows = matrix_shape(shape)[0] >= matrix_shape(shape)[1]
                 record[index] = tf.matmul(basis, matrix, transpose_a=True) if of_rows else tf.matmul(matrix, basis)
             return record
@@ -137,7 +137,7 @@ class Subspaces:
             record: tensors of `record_shapes`.
         """
         if self._compression.random_k is not None:
-            return self._as_tensors(tf.scatter_nd(subspace.indices[:, None], record[0], [sum(self._sizes)]))
+            return _as_tensors(tf.scatter_nd(subspace.indices[:, None], record[0], [sum(self._sizes)]), self._shapes)
         if subspace.bases:
             update, bases = list(record), iter(subspace.bases)
             for index, shape in self._projected():
@@ -158,27 +158,27 @@ class Subspaces:
         if subspace.bases:
             projected, bases = list(gradients), iter(subspace.bases)
             for index, shape in self._projected():
-                gradient, basis = gradients[index], next(bases)
-                rows, columns = matrix_shape(shape)
-                front = tf.shape(gradient)[: len(gradient.shape) - len(shape)]
-                matrix = tf.reshape(gradient, tf.concat([front, [rows, columns]], axis=0))
+                basis, (rows, columns) = next(bases), matrix_shape(shape)
+                matrix = _reshaped(gradients[index], shape, (rows, columns))
                 if rows >= columns:
                     matrix = tf.matmul(basis, tf.matmul(basis, matrix, transpose_a=True))
                 else:
                     matrix = tf.matmul(tf.matmul(matrix, basis), basis, transpose_b=True)
-                projected[index] = tf.reshape(matrix, tf.shape(gradient))
+                projected[index] = _reshaped(matrix, (rows, columns), shape)
             return projected
         return self._masked(subspace, gradients)
 
     def sent(self, subspace: Subspace, record: Sequence[tf.Tensor]) -> tf.Tensor:
-        """The coordinates of a record that are sent, as one vector; their number is known to both sides.
+        """The coordinates of records that are sent, as vectors (..., coordinates) whose length both sides know.
 
         Args:
             subspace: of the round.
             record: from `records`.
         """
-        vector = self._as_vector(record)
-        return vector if not self._is_pruned(subspace) else tf.gather(vector, self._places(subspace))
+        vector = _as_vector(record, self.record_shapes)
+        if not self._is_pruned(subspace):
+            return vector
+        return tf.gather(vector, tf.where(self._mask(subspace) > 0)[:, 0], axis=-1)
 
     def sent_count(self, subspace: Subspace) -> tf.Tensor:
         """How many coordinates are sent, an int32 scalar."""
@@ -187,21 +187,23 @@ class Subspaces:
         return tf.constant(sum(math.prod(shape) for shape in self.record_shapes))
 
     def received(self, subspace: Subspace, vector: tf.Tensor) -> list[tf.Tensor]:
-        """The record whose coordinates were sent.
+        """The records whose coordinates were sent.
 
         Args:
             subspace: of the round.
             vector: from `sent`.
         """
         if self._is_pruned(subspace):
-            vector = tf.scatter_nd(self._places(subspace)[:, None], vector, [sum(self._sizes)])
-        return self._as_tensors(vector, self.record_shapes)
+            mask = self._mask(subspace)
+            places = tf.cast(tf.maximum(tf.cumsum(mask) - 1, 0), tf.int32)
+            vector = tf.where(mask > 0, tf.gather(vector, places, axis=-1), 0.0)
+        return _as_tensors(vector, self.record_shapes)
 
     def _is_pruned(self, subspace: Subspace) -> bool:
         return self._compression.sparsity > 0 and bool(subspace.masks)
 
-    def _places(self, subspace: Subspace) -> tf.Tensor:
-        return tf.cast(tf.where(self._as_vector(subspace.masks) > 0)[:, 0], tf.int32)
+    def _mask(self, subspace: Subspace) -> tf.Tensor:
+        return _as_vector(subspace.masks, self._shapes)
 
     def _projected(self) -> list[tuple[int, tuple[int, ...]]]:
         """The tensors that `rank` makes smaller."""
@@ -212,13 +214,23 @@ class Subspaces:
             return list(tensors)
         return [tensor * mask for tensor, mask in zip(tensors, subspace.masks, strict=True)]
 
-    def _as_vector(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-        return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
 
-    def _as_tensors(self, vector: tf.Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[tf.Tensor]:
-        shapes = self._shapes if shapes is None else shapes
-        parts = tf.split(vector, [math.prod(shape) for shape in shapes])
-        return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+def _reshaped(tensor: tf.Tensor, old: Sequence[int], new: Sequence[int]) -> tf.Tensor:
+    """A tensor (..., *old) as (..., *new)."""
+    front = tf.shape(tensor)[: len(tensor.shape) - len(old)]
+    return tf.reshape(tensor, tf.concat([front, new], axis=0))
+
+
+def _as_vector(tensors: Sequence[tf.Tensor], shapes: Sequence[Sequence[int]]) -> tf.Tensor:
+    """Tensors (..., *shape) as vectors (..., coordinates)."""
+    flat = [_reshaped(tensor, shape, [math.prod(shape)]) for tensor, shape in zip(tensors, shapes, strict=True)]
+    return tf.concat(flat, axis=-1)
+
+
+def _as_tensors(vector: tf.Tensor, shapes: Sequence[Sequence[int]]) -> list[tf.Tensor]:
+    """The tensors (..., *shape) of vectors (..., coordinates)."""
+    parts = tf.split(vector, [math.prod(shape) for shape in shapes], axis=-1)
+    return [_reshaped(part, [0], shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class Projection(NamedTuple):
@@ -273,10 +285,9 @@ def largest_of_all(tensors: Sequence[tf.Tensor], count: int) -> list[tf.Tensor]:
         tensors: float32.
         count: how many entries of all tensors together.
     """
-    vector = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
-    kept = vector * _largest(vector, tf.constant(count))
-    parts = tf.split(kept, [math.prod(tensor.shape) for tensor in tensors])
-    return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    shapes = [tensor.shape.as_list() for tensor in tensors]
+    vector = _as_vector(tensors, shapes)
+    return _as_tensors(vector * _largest(vector, tf.constant(count)), shapes)
 
 
 def _orthonormal(rows: int, columns: int, seed: tf.Tensor) -> tf.Tensor:

@@ -20,7 +20,7 @@ from dpfl.compression import Compression
 from dpfl.compression.codec import Codec
 from dpfl.compression.subspace import Subspaces
 from dpfl.mechanisms.client_noise import ClientParams, with_seed_of_its_own
-from dpfl.mechanisms.queries import MeanQuery, global_norm
+from dpfl.mechanisms.queries import MeanQuery, clip_scale, global_norm
 from dpfl.mechanisms.weighted_queries import WeightedMeanQuery
 from dpfl.noise import round_seed
 from dpfl.randomness import Purpose, stateless_seed
@@ -117,6 +117,39 @@ class CompressedMeanQuery(SumAggregationDPQuery):
             noised, norm = self._inner.sent_and_norm(own.inner, coordinates)
             return self._through_codec(own, noised), norm
         return self._inner.sent_and_norm(own.inner, self._through_codec(own, coordinates))
+
+    @property
+    def clips_many(self) -> bool:
+        """Whether `sums` can be asked for: where the mechanism only clips what it decodes."""
+        return isinstance(self._inner, MeanQuery) and self._inner.only_clips
+
+    def sums(self, params: SampleParams, clients: tf.Tensor, updates: list[tf.Tensor]) -> tuple[Any, tf.Tensor]:
+        """What many clients send, summed, and the norms of their records; as `sent_and_norm` of each. Private.
+
+        Args:
+            params: from `derive_sample_params`.
+            clients: their indices, int32 (clients,).
+            updates: tensors (clients, *shape).
+        """
+        assert isinstance(self._inner, MeanQuery)
+        record = self.subspaces.records(params.subspace, updates)
+        if self.codec.bits is not None:
+            length = self.subspaces.sent_count(params.subspace)
+            draws = tf.map_fn(
+                lambda client: self.codec.draws(length, round_seed(params.seed, client)),
+                clients,
+                fn_output_signature=tf.TensorSpec([None], tf.float32),
+            )
+            message = self.codec.encode_by(self.subspaces.sent(params.subspace, record), params.signs_seed, draws)
+            decoded = self.codec.decode(message, length, params.signs_seed)
+            record = self.subspaces.received(params.subspace, decoded)
+        squares = [tf.reduce_sum(tf.square(part), axis=list(range(1, len(part.shape)))) for part in record]
+        norms = tf.sqrt(tf.add_n(squares))
+        scales = clip_scale(norms, self._inner.clip_norm(params.inner))
+        clipped = [
+            tf.math.multiply_no_nan(part, tf.reshape(scales, [-1] + [1] * (len(part.shape) - 1))) for part in record
+        ]
+        return self._inner.sent(params.inner, [tf.reduce_sum(part, axis=0) for part in clipped], norms), norms
 
     def message(self, params: Any, record: Any) -> tf.Tensor:
         """The very bytes that a client sends, uint8 (bytes,): for measuring them. Private.

@@ -261,6 +261,9 @@ class SideBySide(Training):
         if self._span is not None:
             cohort = self._span.cohort(clients, weights[self._first_kernel])
         updates = self._train(state, params, clients, weights, numbers, settings, cohort)
+        if isinstance(query, CompressedMeanQuery) and query.clips_many:
+            total, norms = query.sums(params, clients, updates)
+            return total, self._measured(norms, query.clip_norm(params), tf.constant(0.0))
         if not isinstance(query, MeanQuery) or not query.only_clips:
             return self._sums_of_records(params, clients, updates, settings)
         norms = self._norms(updates, clients, cohort)

@@ -28,6 +28,7 @@ from dpfl.simulation.experiment import Experiment
 from dpfl.simulation.result import Result
 from dpfl.simulation.rounds import Rounds
 from dpfl.simulation.server import ServerStep
+from dpfl.simulation.together import graph_key
 from dpfl.simulation.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _result(
         "sampling_rate": plan.expected_cohort / plan.population,
         "seed": seed,
         **evaluation,
-        **_measured_columns(history),
+        **_measured_columns(history, done.participations),
         "seconds": done.seconds,
         "dpfl_version": dpfl.__version__,
     }
@@ -354,15 +355,7 @@ def _model(experiment: Experiment) -> FunctionalModel:
 
 
 def _graph_engine(experiment: Experiment, plan: Plan, together: bool = False) -> tuple[FunctionalModel, Engine]:
-    data, model = experiment.data, experiment.model
-    key = (
-        together,
-        data.fingerprint,
-        model if isinstance(model, str) else model.key,
-        experiment.local.structure,
-        ServerStep(experiment.server, plan.compression, (), plan.rounds).structure,
-        plan.structure,
-    )
+    data, key = experiment.data, (together, *graph_key(experiment, plan))
     if key not in _ENGINES:
         model = _model(experiment)
         query, server = plan.query(0, model.initial_weights(0)), _server_step(experiment, plan, model)
@@ -382,15 +375,18 @@ def _evaluate(rounds: Rounds) -> dict[str, float]:
     return dict(zip(_EVALUATION, (*rounds.evaluate("test"), *rounds.evaluate("validation")), strict=True))
 
 
-def _measured_columns(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _measured_columns(history: Sequence[Mapping[str, Any]], participations: np.ndarray) -> dict[str, Any]:
     """What was measured over all rounds, as columns of `runs.csv`."""
     ratios = [row["signal_to_noise"] for row in history if math.isfinite(row["signal_to_noise"])]
     clip_norm = history[-1]["clip_norm"]
+    totals = {name: sum(row[name] for row in history) for name in ("bytes_up", "bytes_down")}
+    updates = int(participations.sum())
+    means = [total / updates if updates else None for total in totals.values()]
     return {
         "final_clip_norm": clip_norm if math.isfinite(clip_norm) else None,
         "signal_to_noise": float(np.median(ratios)) if ratios else None,
-        "bytes_up": sum(row["bytes_up"] for row in history),
-        "bytes_down": sum(row["bytes_down"] for row in history),
+        **totals,
+        **dict(zip(("update_bytes", "model_bytes"), means, strict=True)),
     }
 
 

@@ -1,4 +1,4 @@
-"""Which runs of a study go through one graph side by side."""
+"""Which runs share a compiled graph, and which go through it side by side."""
 
 from __future__ import annotations
 
@@ -7,9 +7,27 @@ from typing import Any
 from dpfl.mechanisms import Plan
 from dpfl.models.named import dense_parameters
 from dpfl.simulation.experiment import Experiment
+from dpfl.simulation.server import ServerStep
 
 # Side by side pays while the cost of an operation is its dispatch: see experiments/benchmarks/README.md.
 _MOST_PARAMETERS = 20_000
+
+
+def graph_key(experiment: Experiment, plan: Plan) -> tuple[Any, ...]:
+    """What runs must agree in to share the in-graph engine's compiled graphs: they then differ in numbers alone.
+
+    Args:
+        experiment: one of them.
+        plan: its plan.
+    """
+    model = experiment.model
+    return (
+        experiment.data.fingerprint,
+        model if isinstance(model, str) else model.key,
+        experiment.local.structure,
+        ServerStep(experiment.server, plan.compression, (), plan.rounds).structure,
+        plan.structure,
+    )
 
 
 def together_key(experiment: Experiment, plan: Plan) -> tuple[Any, ...] | None:
@@ -24,9 +42,9 @@ def together_key(experiment: Experiment, plan: Plan) -> tuple[Any, ...] | None:
     """
     data, local = experiment.data, experiment.local
     if isinstance(experiment.model, str):
-        model, parameters = experiment.model, dense_parameters(experiment.model, data.example_shape, data.num_classes)
+        parameters = dense_parameters(experiment.model, data.example_shape, data.num_classes)
     else:
-        model, parameters = experiment.model.key, experiment.model.parameters if experiment.model.vectorizes else None
+        parameters = experiment.model.parameters if experiment.model.vectorizes else None
     if (
         parameters is None
         or parameters > _MOST_PARAMETERS
@@ -38,13 +56,9 @@ def together_key(experiment: Experiment, plan: Plan) -> tuple[Any, ...] | None:
     ):
         return None
     return (
-        data.fingerprint,
-        model,
-        local.structure,
+        graph_key(experiment, plan),
         local.steps,
         local.epochs,
-        experiment.server.name,
-        plan.structure,
         plan.sampler,
         plan.rounds,
         experiment.evaluate_every,

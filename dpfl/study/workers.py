@@ -21,7 +21,7 @@ from dpfl.models.pickling import make_lazy_modules_picklable
 from dpfl.simulation.checkpoints import Checkpoints
 from dpfl.simulation.cluster import RayCluster
 from dpfl.simulation.experiment import Experiment
-from dpfl.simulation.together import together_key
+from dpfl.simulation.together import graph_key, together_key
 
 _MOST_TOGETHER = 64  # so that a kill costs little
 
@@ -77,7 +77,7 @@ class Pool(Protocol):
 def tasks_of(
     planned: Mapping[int, Planned], runs: Sequence[tuple[int, int]], workers: int, together: bool
 ) -> list[Task]:
-    """Puts runs into tasks, those with the most work first.
+    """Puts runs into tasks, those with the most work first, and such as share compiled graphs one after the other.
 
     Args:
         planned: the experiments by index.
@@ -96,7 +96,16 @@ def tasks_of(
         for (seed, _), indices in groups.items()
         for first in range(0, len(indices), most)
     ]
-    return sorted(tasks, key=lambda task: -sum(planned[index].plan.rounds for index in task.experiments))
+    graphs: dict[Any, int] = {}
+    graph_of = {
+        index: graphs.setdefault(graph_key(planned[index].experiment, planned[index].plan), len(graphs))
+        for index in dict(runs)
+    }
+
+    def place(task: Task) -> tuple[int, int]:
+        return -sum(planned[index].plan.rounds for index in task.experiments), graph_of[task.experiments[0]]
+
+    return sorted(tasks, key=place)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,76 @@
+"""How many bytes can be saved under privacy, and does fewer noised coordinates mean more accuracy?
+
+Quantised updates with and without rotation, random coordinates, low rank, pruned models and sparse releases, each to
+several degrees, at epsilon 1, 4 and without noise; the clip norm of each point is chosen on the validation split. Then,
+seed by seed, what the best setting with at most an eighth of the bytes loses or gains against no compression.
+
+    uv run python experiments/compression.py
+
+Writes runs/compression/{runs.csv,table.md,compression.png} and prints the table.
+"""
+
+from typing import Any
+
+import pandas as pd
+import settings
+
+import dpfl
+
+EPSILONS = [4, None, 1]
+CLIP_NORMS = [0.125, 0.25, 0.5]
+WAYS: list[dict[str, Any]] = [
+    *({"bits": bits} for bits in (8, 4, 2, 1)),
+    *({"bits": bits, "rotation": True} for bits in (4, 2, 1)),
+    *({"rank": rank} for rank in (16, 8, 4, 2)),
+    *({"sparsity": sparsity} for sparsity in (0.3, 0.5, 0.7, 0.9)),
+    *({"top_k": top_k, "error_feedback": True} for top_k in (0.2, 0.1, 0.05)),
+    *({"random_k": random_k} for random_k in (0.5, 0.25, 0.125, 0.0625)),
+    *({"random_k": random_k, "bits": 4} for random_k in (0.5, 0.25, 0.125)),
+]
+FEWER = 8
+
+
+def answer(setting: settings.Setting) -> None:
+    """Accuracy against the bytes that clients send, the clip norm chosen on validation."""
+    ways = [dpfl.Compression(), *(dpfl.Compression(**way) for way in setting.some(WAYS, 3))]
+    axes = {
+        "privacy.epsilon": setting.some(EPSILONS),
+        "mechanism.clip_norm": setting.some(CLIP_NORMS, 1),
+        "compression": ways,
+    }
+    frame = setting.run(dpfl.Study(setting.experiment(evaluate_every=100), axes, seeds=setting.seeds))
+    setting.save(dpfl.charts.compression(frame), "compression")
+    setting.show(table(frame), *compared(setting, frame))
+
+
+def table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The best clip norm of each compression and epsilon, with the bytes of a client's round."""
+    keys = ["epsilon", "compression"]
+    chosen = dpfl.statistics.best(frame, per=keys, over=["clip_norm"])
+    means = chosen.groupby(keys, dropna=False)[["update_bytes", "model_bytes"]].mean().round().reset_index()
+    summary = dpfl.statistics.summarise(chosen, [*keys, "clip_norm"])
+    return means.merge(summary, on=keys).sort_values(["epsilon", "update_bytes"])
+
+
+def compared(setting: settings.Setting, frame: pd.DataFrame) -> list[str]:
+    """For each epsilon, the best setting of an eighth of the bytes against none, as sentences."""
+    if setting.seeds < 2:
+        return []
+    chosen = dpfl.statistics.best(frame, per=["epsilon", "compression"], over=["clip_norm"])
+    means = chosen.groupby(["epsilon", "compression", "clip_norm"], dropna=False)[
+        ["update_bytes", "validation_accuracy"]
+    ].mean()
+    sentences = []
+    for _, part in means.reset_index().groupby("epsilon", dropna=False):
+        (whole,) = part[part["compression"] == "none"].itertuples()
+        small = part[part["update_bytes"] <= whole.update_bytes / FEWER]
+        if len(small):
+            best = small.loc[small["validation_accuracy"].idxmax()]
+            of = ("epsilon", "compression", "clip_norm")
+            one, other = {name: best[name] for name in of}, {name: getattr(whole, name) for name in of}
+            sentences.append(dpfl.statistics.compare(frame, one, other).statement())
+    return sentences
+
+
+if __name__ == "__main__":
+    settings.command(answer, "compression")
