@@ -80,7 +80,7 @@ class Compression(Config):
                 "rotation helps quantisation, and float32 needs none: give bits (4, say), or leave it out."
             )
         for name, value in (("random_k", self.random_k), ("top_k", self.top_k)):
-            if value is not None and not (0 < value < 1 or (value >= 1 and value == int(value))):
+            if value is not None and not (0 < value < 1 or (1 <= value < math.inf and value == int(value))):
                 raise InputError(
                     f"{name} is a number of coordinates, at least 1, or a fraction of all, above 0 and below 1, but it "
                     f"was {value:g}."
@@ -95,9 +95,9 @@ class Compression(Config):
             raise InputError("top_k and sparsity each say which weights the server moves: choose one of them.")
         if self.error_feedback and self.top_k is None:
             raise InputError(
-                "error_feedback is the server's, for what top_k leaves out of the released model: give top_k. What "
-                "clients leave out is not fed back: it would carry a client's data from the rounds it took part in "
-                "into others, for which no guarantee here is stated."
+                "error_feedback is the server's, for what top_k leaves out of the released model: give top_k (what "
+                "clients leave out is not fed back, as it would carry a client's data from the rounds it took part in "
+                "into others, for which no guarantee here is stated)."
             )
         return self
 
