@@ -15,6 +15,7 @@ FIGURES = {
     "local_steps_and_cohort": ["cohort", "local_steps"],
     "mechanisms": ["mechanisms"],
     "heterogeneity": ["heterogeneity"],
+    "compression": ["compression"],
 }
 TABLES = {"round_frequency": ["user", "example"], "local_steps_and_cohort": ["cohort", "local_steps"]}
 

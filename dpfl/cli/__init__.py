@@ -133,6 +133,19 @@ def tradeoff(
         Literal["sgd", "momentum", "adam"], typer.Option(help="The server's optimizer.")
     ] = "sgd",
     server_learning_rate: Annotated[float, typer.Option(help="Learning rate of the server's optimizer.")] = 1.0,
+    bits: Annotated[int | None, typer.Option(help="Quantise updates to so many bits a coordinate, 1 to 8.")] = None,
+    rotation: Annotated[bool, typer.Option("--rotation", help="Rotate updates at random before that.")] = False,
+    random_k: Annotated[
+        float | None, typer.Option(help="Train and send so many random coordinates, or this fraction of them.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Train and send kernels' updates as factors of this rank.")] = None,
+    sparsity: Annotated[float, typer.Option(help="Prune this fraction of each kernel's weights.")] = 0.0,
+    top_k: Annotated[
+        float | None, typer.Option(help="Release a round's largest changes alone: so many, or this fraction.")
+    ] = None,
+    error_feedback: Annotated[
+        bool, typer.Option("--error-feedback", help="Add what top-k left out to the next change.")
+    ] = False,
     engine: Annotated[
         Literal["graph", "tff"],
         typer.Option(
@@ -150,6 +163,7 @@ def tradeoff(
 ) -> None:
     """Train over epsilon x clip norm x number of rounds, and chart accuracy against privacy."""
     import dpfl.data
+    from dpfl.compression import Compression
     from dpfl.mechanisms import Deployment
     from dpfl.privacy import Privacy
     from dpfl.simulation import ServerOptimizer
@@ -197,6 +211,15 @@ def tradeoff(
         server=ServerOptimizer(name=server_optimizer, learning_rate=server_learning_rate),
         seeds=seeds,
         deployment=deployment,
+        compression=Compression(
+            bits=bits,
+            rotation=rotation,
+            random_k=random_k,
+            rank=rank,
+            sparsity=sparsity,
+            top_k=top_k,
+            error_feedback=error_feedback,
+        ),
         engine=engine,
     )
     store = studies.run(study, out, workers, ray, checkpoint_every)

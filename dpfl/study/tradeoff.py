@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from dpfl.clients import ClientTraining
+from dpfl.compression import Compression
 from dpfl.data import FederatedData
 from dpfl.errors import InputError
 from dpfl.mechanisms import Deployment, Gaussian
@@ -32,6 +33,7 @@ def tradeoff(
     server: ServerOptimizer,
     seeds: int,
     deployment: Deployment | None = None,
+    compression: Compression | None = None,
     engine: Literal["graph", "tff"] = "graph",
 ) -> Study:
     """Returns the study of epsilon x clip norm x number of rounds, with plain averaging beside it.
@@ -54,6 +56,7 @@ def tradeoff(
         server: the server's optimizer.
         seeds: number of seeds.
         deployment: the larger population that the epsilons are for; None for the data's clients.
+        compression: how updates and models are made smaller, those of plain averaging too; None if they are not.
         engine: as `Experiment` takes it.
 
     Raises:
@@ -74,6 +77,7 @@ def tradeoff(
         rounds=first_rounds,
         server=server,
         deployment=deployment,
+        compression=compression or Compression(),
         engine=engine,
     )
     axes: dict[Any, Any] = {"privacy.epsilon": epsilons, "mechanism.clip_norm": clip_norms, **frequency}
