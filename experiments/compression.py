@@ -6,7 +6,7 @@ seed by seed, what the best setting with at most an eighth of the bytes loses or
 
     uv run python experiments/compression.py
 
-Writes runs/compression/{runs.csv,table.md,compression.png} and prints the table.
+Writes runs/compression/{runs.csv,table.md,compression.png,compression_down.png} and prints the table.
 """
 
 from typing import Any
@@ -40,6 +40,8 @@ def answer(setting: settings.Setting) -> None:
     }
     frame = setting.run(dpfl.Study(setting.experiment(evaluate_every=100), axes, seeds=setting.seeds))
     setting.save(dpfl.charts.compression(frame), "compression")
+    if not setting.quick:
+        setting.save(dpfl.charts.compression(frame, "down"), "compression_down")
     setting.show(table(frame), *compared(setting, frame))
 
 

@@ -1,7 +1,7 @@
 """Accuracy against bytes, for each way of compression and each epsilon."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,10 +14,12 @@ from dpfl.charts.words import number
 from dpfl.errors import InputError
 from dpfl.statistics import best, summarise
 
-_MEASURED = ("update_bytes", "model_bytes")
+_MEASURED = {"up": "update_bytes", "down": "model_bytes"}
+_AXIS = {"up": "Bytes that a client sends", "down": "Bytes that a client receives"}
 _COLUMNS = ("bits", "rotation", "random_k", "rank", "sparsity", "top_k", "error_feedback")
 _ROW_OF_PANELS = 3
 _NONE = "not compressed"
+_ALIKE = 1.01
 
 
 class _Way(NamedTuple):
@@ -28,31 +30,37 @@ class _Way(NamedTuple):
 
 
 @canvas.style
-def compression(frame: pd.DataFrame) -> Figure:
+def compression(frame: pd.DataFrame, traffic: Literal["up", "down"] = "up") -> Figure:
     """Draw test accuracy against the bytes of a client's round, one panel for each epsilon, one line for each way.
 
-    Bytes are those that a client sends and receives in a round. Each point has the clip norm and the number of rounds
+    Ways that save no such bytes are left out. Each point has the clip norm and the number of rounds
     that are best by mean validation accuracy. What is not compressed is a dashed line with its interval; a point is
     full if nothing else in its panel has at least its mean validation accuracy for fewer bytes.
 
     Args:
         frame: The tidy frame of a study, one row per run, with the columns of its compression, and update_bytes and
             model_bytes, the mean bytes that a client sends and receives in a round.
+        traffic: "up" for the bytes that a client sends in a round, "down" for those that it receives.
 
     Raises:
-        InputError: If the frame lacks columns, mixes runs that one chart cannot tell apart, or has no finished run.
+        InputError: If there is no such traffic, or the frame lacks columns, mixes runs that one chart cannot tell
+            apart, or has no finished run that saves such bytes.
     """
-    missing = [column for column in (*_MEASURED, *_COLUMNS, "compression") if column not in frame]
+    if traffic not in _MEASURED:
+        raise InputError(f"There is no traffic {traffic!r}: choose {words.several(_MEASURED)}.")
+    missing = [column for column in (*_MEASURED.values(), *_COLUMNS, "compression") if column not in frame]
     if missing:
         raise InputError(f"The frame lacks {words.several(missing)}: pass the frame of runs that a study returns.")
     runs = prepare(frame, varying=("compression",))
-    runs["traffic"] = runs[list(_MEASURED)].astype(float).sum(axis=1)
+    runs["traffic"] = runs[_MEASURED[traffic]].astype(float)
     shown = clipped(runs) if len(finished(clipped(runs))) else runs
-    table = _points(shown)
+    table = _saving(_points(shown))
     levels = sorted(table["level"].unique())
     kinds = [kind for kind in dict.fromkeys(table["kind"]) if kind != _NONE]
     if not kinds:
-        raise InputError("No finished run is compressed, so there is nothing to draw: vary a setting of compression.")
+        raise InputError(
+            "No finished run saves bytes by compression, so there is nothing to draw: vary a setting of compression."
+        )
 
     columns = min(len(levels), _ROW_OF_PANELS)
     rows = math.ceil(len(levels) / columns)
@@ -60,14 +68,27 @@ def compression(frame: pd.DataFrame) -> Figure:
     looks = canvas.kinds(kinds)
     places = list(grid.flat)
     for axes, level in zip(places, levels, strict=False):
-        _draw(axes, table[table["level"] == level], level, looks, len(private(runs)) > 0)
+        _draw(axes, table[table["level"] == level], looks, _title(level, runs), _AXIS[traffic])
     for axes in places[len(levels) :]:
         axes.remove()
     for axes in grid[:, 0]:
         axes.set_ylabel("Test accuracy")
     corner = grid[0, -1]
     _legend(corner, looks, table)
-    return canvas.finish(figure, corner, "Compression", _caption(shown, table))
+    return canvas.finish(figure, corner, "Compression", _caption(shown, table, _AXIS[traffic]))
+
+
+def _title(level: float, runs: pd.DataFrame) -> str:
+    if math.isfinite(level):
+        return f"ε = {number(level)}"
+    return "no noise" if len(private(runs)) else ""
+
+
+def _saving(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the points of what is not compressed, and of the ways that have less traffic than all others."""
+    most = table["traffic"].max() / _ALIKE
+    saves = table.groupby("kind")["traffic"].transform("min") < most
+    return table[saves | (table["kind"] == _NONE)]
 
 
 def _points(runs: pd.DataFrame) -> pd.DataFrame:
@@ -112,10 +133,9 @@ def _share(value: float) -> str:
     return f"{100 * value:.3g}%" if value < 1 else number(value)
 
 
-def _draw(axes: Axes, table: pd.DataFrame, level: float, looks: dict[Any, canvas.Look], has_private: bool) -> None:
+def _draw(axes: Axes, table: pd.DataFrame, looks: dict[Any, canvas.Look], title: str, xlabel: str) -> None:
     """Draw the panel of one epsilon."""
-    title = f"ε = {number(level)}" if math.isfinite(level) else "no noise" if has_private else ""
-    axes.set(xscale="log", xlabel="Bytes of a client's round", title=title)
+    axes.set(xscale="log", xlabel=xlabel, title=title)
     axes.margins(x=0.12, y=0.1)
     canvas.percent(axes.yaxis)
     for _, whole in table[table["kind"] == _NONE].iterrows():
@@ -145,10 +165,10 @@ def _legend(axes: Axes, looks: dict[Any, canvas.Look], table: pd.DataFrame) -> N
         axes.plot([], [], label=kind, color=look.color, marker=look.marker, linewidth=0.7)
 
 
-def _caption(runs: pd.DataFrame, table: pd.DataFrame) -> list[list[str]]:
+def _caption(runs: pd.DataFrame, table: pd.DataFrame, what: str) -> list[list[str]]:
     """Return the paragraphs of the caption: what is drawn, and under which guarantee."""
     drawn = [
-        "Bytes: what a client sends and receives in a round, on average.",
+        f"{what}: in a round, on average.",
         "Full marks: nothing else in the panel has at least the mean validation accuracy for fewer bytes.",
         words.choice(runs, per=["epsilon", "compression"]),
         words.noise_free(finished(clipped(runs))),

@@ -111,6 +111,7 @@ def _charts(
         "signal_to_noise": _Chart(lambda runs: signal_to_noise(runs, _known(history, "history"))),
         "pareto": _Chart(pareto, ("bytes_up",), ("cohort", work, "compression")),
         "compression": _Chart(compression, ("compression",), ("compression",)),
+        "compression_down": _Chart(lambda runs: compression(runs, "down"), ("compression",), ("compression",)),
         "client_epsilons": _Chart(
             lambda runs: epsilons_of_clients(_known(client_epsilons, "table of clients' epsilons"), runs),
             varying=("mechanism", "cohort", work, "dirichlet_alpha", "compression"),
