@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from dpfl.compression.config import LITE_COLUMNS
 from dpfl.data.wording import instead
 from dpfl.errors import InputError
 
@@ -24,6 +25,7 @@ _MOST_EXACT = 12
 _ROUNDING = 1e-12
 # Columns that follow from the settings or from the run: they do not tell configurations apart.
 _NO_SETTINGS = {
+    *LITE_COLUMNS,
     "accuracy",
     "bytes_down",
     "bytes_up",

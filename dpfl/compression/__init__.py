@@ -5,5 +5,6 @@ whose queries use them; see `dpfl.mechanisms.compressed_queries` for the order t
 """
 
 from dpfl.compression.config import Compression
+from dpfl.compression.lite import compressed_size, lite_accuracy, lite_logits, to_lite
 
-__all__ = ["Compression"]
+__all__ = ["Compression", "compressed_size", "lite_accuracy", "lite_logits", "to_lite"]

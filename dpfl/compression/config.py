@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import pydantic
 
@@ -12,6 +12,10 @@ from dpfl.config import Config
 from dpfl.errors import InputError
 
 LiteFormat = Literal["float32", "float16", "int8"]
+LITE_COLUMNS = tuple(
+    f"lite_{form}_{measure}" for form in get_args(LiteFormat) for measure in ("bytes", "gzip_bytes", "accuracy")
+)
+"""What `Compression.lite` measures of a run, as columns of `runs.csv`."""
 
 
 class Compression(Config):
@@ -49,8 +53,8 @@ class Compression(Config):
             2019, 1901.09847). It is the server's memory of released values, and costs no privacy; for what clients
             leave out there is none (see the error).
         lite: formats into which the last model is turned by TensorFlow Lite, to measure size and test accuracy:
-            "float32", "float16", or "int8" (weights in 8 bits, activations computed in float32: no example is
-            looked at).
+            "float32", "float16", or "int8" (weights in 8 bits, activations stored in float32: no example is
+            looked at). See `dpfl.compression.to_lite`.
 
     Raises:
         InputError: a setting is wrong, or settings contradict each other.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpfl.compression.config import LiteFormat
+from dpfl.compression.lite import to_lite
 from dpfl.privacy import Guarantee
 from dpfl.privacy.example_level import ClientEpsilons
 
@@ -62,3 +64,14 @@ class Result:
     def keras_model(self) -> tf.keras.Model:
         """The trained model as an ordinary Keras model; may be released under the guarantee."""
         return self.functional_model.to_keras(self.weights)
+
+    def lite_model(self, form: LiteFormat = "float32") -> bytes:
+        """The trained model as a file of TensorFlow Lite; may be released under the guarantee, as no data is looked at.
+
+        Args:
+            form: "float32", "float16" or "int8"; see `dpfl.compression.to_lite`.
+
+        Raises:
+            InputError: the weights are not finite, or TensorFlow Lite cannot convert the model.
+        """
+        return to_lite(self.keras_model(), form)

@@ -16,6 +16,7 @@ import dpfl
 from dpfl.clients.example_privacy import ClientPlan
 from dpfl.clients.per_example import check_model
 from dpfl.compression import Compression
+from dpfl.compression.lite import check_convertible, measured_columns
 from dpfl.data import FederatedData
 from dpfl.mechanisms import Plan
 from dpfl.models.functional import FunctionalModel
@@ -65,11 +66,12 @@ def run(
         actors: of a Ray cluster, that train the clients; None to train them in this process.
 
     Raises:
-        InputError: the model does not fit the data, its examples' gradients cannot be told apart, or the run's
-            checkpoint is another plan's or in another process' hands.
+        InputError: the model does not fit the data, its examples' gradients cannot be told apart, TensorFlow Lite
+            cannot convert it and is asked to, or the run's checkpoint is another plan's or in another process' hands.
     """
     started = time.perf_counter()
     model, rounds = _start(experiment, plan, client_plan, seed, actors)
+    check_convertible(model, experiment.compression.lite)
     costs = _Costs(experiment, plan, client_plan)
     with contextlib.nullcontext() if checkpoints is None else checkpoints.of(experiment.run_id(seed)) as checkpoint:
         traffic = Traffic(plan, model, plan.population)
@@ -87,11 +89,13 @@ def run_together(planned: Sequence[tuple[Experiment, Plan]], seed: int, advance:
         advance: called with a number of rounds, of all runs, whenever so many more are done.
 
     Raises:
-        InputError: the model does not fit the data.
+        InputError: the model does not fit the data, or TensorFlow Lite cannot convert it and is asked to.
     """
     started = time.perf_counter()
     experiment, plan = planned[0]
     model, engine = _graph_engine(experiment, plan, together=True)
+    for each, _ in planned:
+        check_convertible(model, each.compression.lite)
     steps = [_server_step(each, own, model) for each, own in planned]
     rounds = TogetherRounds(engine, planned, steps, seed)
     costs = [_Costs(experiment, plan, None) for experiment, plan in planned]
@@ -146,6 +150,7 @@ def _result(
         "seed": seed,
         **evaluation,
         **_measured_columns(history, done.participations),
+        **measured_columns(model, weights, experiment.compression.lite, experiment.data.x_test, experiment.data.y_test),
         "seconds": done.seconds,
         "dpfl_version": dpfl.__version__,
     }

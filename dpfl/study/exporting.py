@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from dpfl.compression.config import LITE_COLUMNS
 from dpfl.errors import InputError
 from dpfl.files import written_whole
 from dpfl.progress import progress_bar
@@ -33,12 +34,19 @@ MEASURED = (
     "signal_to_noise",
     "bytes_up",
     "bytes_down",
+    *LITE_COLUMNS,
     "seconds",
 )
 """Columns of runs that are results; all others, but for the identity and the reason of a failure, are settings."""
 
 _NO_SETTINGS = (*MEASURED, "run_id", "reason")
-_NO_HPARAMS = ("configuration", "data_fingerprint", "mechanism_settings", "client_settings")  # hashes, and JSON
+_NO_HPARAMS = (
+    "configuration",
+    "data_fingerprint",
+    "mechanism_settings",
+    "client_settings",
+    "compression_settings",
+)  # hashes, and JSON
 _EVENTS = "events.out.tfevents.0000000000.dpfl"
 _FINAL = "final/"
 _MLFLOW_METRICS = 1_000  # In one request, as MLflow allows.
