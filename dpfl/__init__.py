@@ -45,6 +45,7 @@ _HOMES = {
     "Poisson": "dpfl.sampling",
     "PoissonBatches": "dpfl.clients.keras_door",
     "Privacy": "dpfl.privacy",
+    "PruningCallback": "dpfl.compression",
     "RayCluster": "dpfl.simulation",
     "ServerOptimizer": "dpfl.simulation",
     "Study": "dpfl.study",
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
         EpsilonCallback,
         PoissonBatches,
     )
-    from dpfl.compression import Compression
+    from dpfl.compression import Compression, PruningCallback
     from dpfl.data import FederatedData
     from dpfl.errors import InputError
     from dpfl.mechanisms import (
@@ -125,6 +126,7 @@ __all__ = [
     "Poisson",
     "PoissonBatches",
     "Privacy",
+    "PruningCallback",
     "RayCluster",
     "ServerOptimizer",
     "Study",

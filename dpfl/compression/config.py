@@ -157,15 +157,35 @@ class Compression(Config):
             rounds_done: from 0, when the model is the initial one and not pruned.
             rounds: of the whole run.
         """
-        begin = max(1, math.ceil(self.pruning_begins * rounds))
-        end = max(begin, math.floor(self.pruning_ends * rounds))
-        if not self.sparsity or rounds_done < begin:
+        last = self.last_pruning(rounds_done, rounds)
+        if last is None:
             return 0.0
-        steps = rounds_done - (rounds_done - begin) % self.pruning_every if rounds_done < end else end
+        begin, end = self.pruning_steps(rounds)
         if end == begin:
             return self.sparsity
-        progress = (steps - begin) / (end - begin)
+        progress = (last - begin) / (end - begin)
         return self.sparsity * (1.0 - (1.0 - progress) ** 3)
+
+    def pruning_steps(self, rounds: int) -> tuple[int, int]:
+        """After how many rounds pruning begins, at least 1, and ends.
+
+        Args:
+            rounds: of the whole run.
+        """
+        begin = max(1, math.ceil(self.pruning_begins * rounds))
+        return begin, max(begin, math.floor(self.pruning_ends * rounds))
+
+    def last_pruning(self, rounds_done: int, rounds: int) -> int | None:
+        """After how many rounds the model that is released after so many was pruned last; None if it never was.
+
+        Args:
+            rounds_done: from 0.
+            rounds: of the whole run.
+        """
+        begin, end = self.pruning_steps(rounds)
+        if not self.sparsity or rounds_done < begin:
+            return None
+        return rounds_done - (rounds_done - begin) % self.pruning_every if rounds_done < end else end
 
     def check_shapes(self, shapes: Sequence[Sequence[int]]) -> None:
         """Refuses what a model of these weights cannot give.

@@ -31,7 +31,9 @@ _CONVERTIBLE: set[tuple[Any, ...]] = set()
 
 
 def to_lite(model: tf.keras.Model, form: LiteFormat = "float32") -> bytes:
-    """Converts a Keras model to the bytes of a `.tflite` file, which takes batches of any size.
+    """Converts a Keras model to the bytes of a `.tflite` file.
+
+    It takes batches of any size, or where TensorFlow Lite can run layers for one size alone, one example at a time.
 
     Args:
         model: one that was called or built, with one input and one output and finite weights.
@@ -50,34 +52,61 @@ def to_lite(model: tf.keras.Model, form: LiteFormat = "float32") -> bytes:
 
     if form not in FORMATS:
         raise InputError(f"there is no TensorFlow Lite format {form!r}: choose {', '.join(FORMATS)}.")
-    # The converter would end the process on NaN weights in 8 bits, by a segmentation fault (TensorFlow 2.14).
-    if not all(np.isfinite(weight).all() for weight in model.get_weights()):
-        raise InputError(
-            "the model has weights that are not finite numbers, of which there is no TensorFlow Lite file: train it "
-            "with a smaller learning rate or more clipping."
-        )
     spec = model.save_spec(dynamic_batch=True) if model.built else None
     if spec is None or len(spec[0]) != 1 or tf.nest.is_nested(spec[0][0]):
         raise InputError(
             f"the model {model.name} has no known input, or several: give a Keras model of one input that was called "
             "on examples before."
         )
+    # The converter would end the process on NaN weights in 8 bits, by a segmentation fault (TensorFlow 2.14).
+    if not all(np.isfinite(weight).all() for weight in model.get_weights()):
+        raise InputError(
+            "the model has weights that are not finite numbers, of which there is no TensorFlow Lite file: train it "
+            "with a smaller learning rate or more clipping."
+        )
+    of_any_batch = tf.TensorSpec(spec[0][0].shape, spec[0][0].dtype, "x")
+    content = _converted(model, of_any_batch, form)
+    trial = np.zeros([2, *(side or 1 for side in of_any_batch.shape[1:])])
+    try:
+        lite_logits(content, trial)
+    except RuntimeError:
+        # Some layers (GroupNormalization) are converted, but run for the batch size alone that they were converted for.
+        content = _converted(model, tf.TensorSpec([1, *of_any_batch.shape[1:]], of_any_batch.dtype, "x"), form)
+        try:
+            lite_logits(content, trial)
+        except RuntimeError as error:
+            raise _refusal(model, form, error) from error
+    return content
+
+
+def _converted(model: tf.keras.Model, spec: tf.TensorSpec, form: LiteFormat) -> bytes:
+    """The file of a model that takes such examples, without the names that Keras and TensorFlow count up."""
+    import tensorflow as tf
+    from tensorflow.lite.tools import flatbuffer_utils
+
     function = tf.function(lambda x: model(x, training=False), autograph=False)
     try:
         with _quiet():
-            converter = tf.lite.TFLiteConverter.from_concrete_functions(
-                [function.get_concrete_function(spec[0][0])], model
-            )
+            converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function(spec)], model)
             if form != "float32":
                 converter.optimizations = [tf.lite.Optimize.DEFAULT]
             if form == "float16":
                 converter.target_spec.supported_types = [tf.float16]
-            return converter.convert()
+            content = converter.convert()
     except Exception as error:
-        raise InputError(
-            f"TensorFlow Lite cannot convert the model {model.name} to {form} ({_reason(error)}): leave "
-            "compression.lite out, or use layers that it knows (recurrent ones with unroll=True)."
-        ) from error
+        raise _refusal(model, form, error) from error
+    file = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
+    for graph in file.subgraphs:
+        for tensor in graph.tensors:
+            tensor.name = None
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(file))
+
+
+def _refusal(model: tf.keras.Model, form: LiteFormat, error: Exception) -> InputError:
+    return InputError(
+        f"TensorFlow Lite cannot convert the model {model.name} to {form} ({_reason(error)}): leave compression.lite "
+        "out, or use layers that it knows (recurrent ones with unroll=True)."
+    )
 
 
 def lite_logits(content: bytes, x: np.ndarray) -> np.ndarray:
@@ -110,8 +139,9 @@ def lite_logits(content: bytes, x: np.ndarray) -> np.ndarray:
             f"{tuple(x.shape)}: give examples as the model was trained on."
         )
     found, size = [], -1
-    for start in range(0, len(x), _BATCH):
-        batch = np.ascontiguousarray(x[start : start + _BATCH], taken["dtype"])
+    most = _BATCH if taken["shape_signature"][0] == -1 else 1
+    for start in range(0, len(x), most):
+        batch = np.ascontiguousarray(x[start : start + most], taken["dtype"])
         if len(batch) != size:
             size = len(batch)
             interpreter.resize_tensor_input(taken["index"], batch.shape)
@@ -161,20 +191,13 @@ def check_convertible(model: FunctionalModel, formats: Sequence[LiteFormat]) -> 
         formats: into which the trained model will be turned.
 
     Raises:
-        InputError: TensorFlow Lite cannot convert it, or cannot run it.
+        InputError: TensorFlow Lite cannot convert it.
     """
     key = (model.key, model.example_shape, model.num_classes)
     missing = [form for form in formats if (*key, form) not in _CONVERTIBLE]
     keras = model.to_keras(model.initial_weights(0)) if missing else None
     for form in missing:
-        content = to_lite(keras, form)
-        try:
-            lite_logits(content, np.zeros((2, *model.example_shape), np.float32))
-        except (RuntimeError, ValueError) as error:
-            raise InputError(
-                f"TensorFlow Lite cannot run the model in {form} ({_reason(error)}): leave compression.lite out, or "
-                "use layers that it knows."
-            ) from error
+        to_lite(keras, form)
         _CONVERTIBLE.add((*key, form))
 
 

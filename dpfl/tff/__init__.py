@@ -50,11 +50,21 @@ clients that it knows: with a finite epsilon, a client whose number of records i
 the plan's, end `next` with an error. `evaluation_model` is for `tff.learning.algorithms.build_fed_eval`, and
 `FunctionalModel.to_keras(process.get_model_weights(state).trainable)` is the trained Keras model.
 
+Updates can be compressed in front of any aggregator, TFF's own among them. The order is the one that keeps a clip:
+compressed first, clipped after. With 4 bits for a coordinate:
+
+    inner = tff.aggregators.DifferentiallyPrivateFactory.gaussian_fixed(1.0, clients_per_round=15.0, clip=0.5)
+    aggregator = dpfl.tff.compressed(inner, dpfl.Compression(bits=4, rotation=True))
+    process = tff.learning.algorithms.build_unweighted_fed_avg(model_fn, optimizer, model_aggregator=aggregator)
+    output = process.next(process.initialize(), datasets)
+    print(output.metrics["aggregator"].message_bytes)  # that each client sends
+
 TensorFlow Federated is imported when one of these functions is called, not before.
 """
 
 from dpfl.tff.aggregation import aggregator
+from dpfl.tff.compression import compressed
 from dpfl.tff.models import evaluation_model
 from dpfl.tff.private_clients import WorkState, build_dp_sgd_fed_avg, client_work
 
-__all__ = ["WorkState", "aggregator", "build_dp_sgd_fed_avg", "client_work", "evaluation_model"]
+__all__ = ["WorkState", "aggregator", "build_dp_sgd_fed_avg", "client_work", "compressed", "evaluation_model"]

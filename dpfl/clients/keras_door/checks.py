@@ -32,6 +32,11 @@ def check_training(model: tf.keras.Model, loss_of: LossOf, x_specs: Any, y_specs
     """
     if tf.nest.is_nested(y_specs):
         raise InputError("labels must be one array: a model with several outputs cannot be trained privately here.")
+    if any(type(layer).__name__ == "PruneLowMagnitude" for layer in model.submodules):
+        raise InputError(
+            "layers are wrapped by tensorflow_model_optimization's prune_low_magnitude, which changes weights as it "
+            "computes: give DPModel the model without it, and fit dpfl.PruningCallback, which prunes by the same masks."
+        )
     draws = np.random.default_rng(0)
     x = tf.nest.map_structure(lambda spec: _random(draws, spec), x_specs)
     y = _random(draws, y_specs)
