@@ -57,7 +57,7 @@ def pruning_schedule(compression: Compression, steps: int) -> Any:
     if (end - begin) % every == 0:
         return keras.PolynomialDecay(*settings)
 
-    class PolynomialDecay(keras.PolynomialDecay):  # type: ignore[misc, name-defined]
+    class PolynomialDecay(keras.PolynomialDecay):  # type: ignore[name-defined]
         """Prunes in the last step too; it is saved as tfmot's own, which would not."""
 
         def __call__(self, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -232,7 +232,11 @@ def measured_columns(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Takes what the converter writes to the standard error, beneath Python, out of sight."""
-    kept = os.dup(2)
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed, in a daemon say: nobody sees it
+        yield
+        return
     try:
         with tempfile.TemporaryFile() as nowhere:
             os.dup2(nowhere.fileno(), 2)
