@@ -168,7 +168,7 @@ class PruningCallback(tf.keras.callbacks.Callback):
         pruning_schedule(compression, 1 if steps is None else steps)
         self._supports_tf_logs = True  # else Keras copies all metrics to NumPy after every step
         self._compression, self._steps = compression, steps
-        self._steps_done = 0
+        self._steps_done = -1  # not known: masks are to be found
         self._prune: Callable[[tf.Tensor], None] = lambda step: None
         self._total = 1
         self.wrapped: tf.keras.Model | None = None
@@ -189,6 +189,7 @@ class PruningCallback(tf.keras.callbacks.Callback):
                 "all calls of fit together."
             )
         self._total = self._steps or (self.params.get("epochs") or 1) * (self.params.get("steps") or 1)
+        self._steps_done = -1
         self.wrapped = as_prunable(model.model, pruning_schedule(self._compression, self._total))
         layers = prunable_layers(self.wrapped)
 
