@@ -97,6 +97,12 @@ def tradeoff(
             "--standardize", help="Scale features by their mean and deviation, for tables; not covered by epsilon."
         ),
     ] = False,
+    missing: Annotated[
+        Literal["refuse", "drop", "fill"] | None,
+        typer.Option(
+            help="What becomes of rows with missing values, for tables: see dpfl.data.from_dataframe. [refuse]"
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="softmax, mlp or cnn.")] = "softmax",
     epsilon: Annotated[
         str | None,
@@ -179,6 +185,7 @@ def tradeoff(
         features=None if features is None else [name.strip() for name in features.split(",")],
         standardize=standardize or None,
         label_bins=label_bins,
+        missing=missing,
     )
     print(federated.summary())
     grid = _QUICK_GRID if quick else _DEFAULT_GRID

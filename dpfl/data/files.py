@@ -11,7 +11,7 @@ import numpy as np
 
 from dpfl.data.arrays import Options, Split, from_arrays
 from dpfl.data.federated_data import FederatedData
-from dpfl.data.tables import from_dataframe
+from dpfl.data.tables import Missing, from_dataframe
 from dpfl.data.wording import instead
 from dpfl.errors import InputError
 
@@ -31,6 +31,7 @@ def from_file(
     features: Sequence[str] | None = None,
     standardize: bool = False,
     label_bins: int | None = None,
+    missing: Missing = "refuse",
     name: str | None = None,
     clients: int | None = None,
     partition: str | None = None,
@@ -53,6 +54,7 @@ def from_file(
         features: Columns to learn from; not for .npz.
         standardize: See `from_dataframe`; not for .npz.
         label_bins: See `from_dataframe`; not for .npz.
+        missing: See `from_dataframe`; not for .npz.
         name: What charts and records call the dataset; the file's name by default.
         clients: See `from_arrays`, as for all that follow.
         partition: See `from_arrays`.
@@ -79,14 +81,18 @@ def from_file(
         seed=seed,
     )
     if suffix == ".npz":
-        if label is not None or features is not None or standardize or label_bins is not None:
-            raise InputError(f"label, features, standardize and label_bins are for tables: leave them out for {path}.")
+        if label is not None or features is not None or standardize or label_bins is not None or missing != "refuse":
+            raise InputError(
+                f"label, features, standardize, label_bins and missing are for tables: leave them out for {path}."
+            )
         x, y, client_ids, held_out = read_npz(path, client)
         return from_arrays(x, y, client_ids, **held_out, **options)
     frame = _read(path, partial(_read_table, suffix=suffix))
     if label is None:
         raise InputError(f"nothing says which column of {path} is the label: {instead(None, frame.columns)}")
-    return from_dataframe(frame, client, label, features, standardize=standardize, label_bins=label_bins, **options)
+    return from_dataframe(
+        frame, client, label, features, standardize=standardize, label_bins=label_bins, missing=missing, **options
+    )
 
 
 class HeldOut(TypedDict, total=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from dpfl.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Missing = Literal["refuse", "drop", "fill"]
 
 _MOST_CATEGORIES = 2_000  # one-hot memory is examples x categories
 
@@ -27,6 +29,7 @@ def from_dataframe(
     *,
     standardize: bool = False,
     label_bins: int | None = None,
+    missing: Missing = "refuse",
     name: str = "dataframe",
     clients: int | None = None,
     partition: str | None = None,
@@ -49,6 +52,9 @@ def from_dataframe(
             1 over the training examples. The guarantee does not cover these statistics, and says so.
         label_bins: Cut a numeric label, such as a score, into so many classes at its quantiles over all rows, held-out
             ones included. The guarantee does not cover these boundaries, and says so.
+        missing: What becomes of rows in which a value is missing: they are refused, left out ("drop"), or have their
+            features filled ("fill"), numbers with the column's mean over all rows, which the guarantee does not cover,
+            and says so, all else with a category "missing"; rows without client or label are then left out.
         name: What charts and records call the dataset.
         clients: See `from_arrays`, as for all that follow.
         partition: See `from_arrays`.
@@ -58,8 +64,8 @@ def from_dataframe(
         seed: See `from_arrays`.
 
     Raises:
-        InputError: A column is not there, is used twice, has missing or infinite values or a type that is no
-            feature, or an option is not valid.
+        InputError: A column is not there, is used twice, has infinite or (unless `missing` says otherwise) missing
+            values or a type that is no feature, or an option is not valid.
     """
     if not frame.columns.is_unique:
         twice = frame.columns[frame.columns.duplicated()][0]
@@ -76,6 +82,13 @@ def from_dataframe(
             f"the client is {client!r}, the label {label!r} and the features {features}, but at least one "
             "feature is needed and no column may be used twice."
         )
+    filled: list[str] = []
+    if missing not in get_args(Missing):
+        raise InputError(f"missing is {missing!r}, but 'refuse', 'drop' or 'fill' is needed.")
+    if missing != "refuse":
+        frame = frame.dropna(subset=[*roles, *features] if missing == "drop" else roles)
+    if missing == "fill":
+        frame, filled = _filled(frame, features)
     x, scalable, categorical = _features(frame[features])
     if label_bins is None:
         labels, class_names = distinct_labels(frame[label], f"the labels in column {label!r}")
@@ -87,6 +100,8 @@ def from_dataframe(
         ]
     if categorical:
         assumptions.append(f"The categories in {', '.join(map(repr, categorical))} are treated as public.")
+    if filled:
+        assumptions.append(f"Missing values in {', '.join(map(repr, filled))} become the mean, which is not covered.")
     return assemble(
         x,
         labels,
@@ -103,6 +118,28 @@ def from_dataframe(
         split=split,
         seed=seed,
     )
+
+
+def _filled(frame: pd.DataFrame, features: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Returns a table without holes in its features, and the columns whose mean was put there."""
+    from pandas.api import types
+
+    changed, averaged = {}, []
+    for column in features:
+        values = frame[column]
+        known = values.dropna()
+        if len(known) in (0, len(values)):
+            continue
+        if types.is_numeric_dtype(values.dtype) and not types.is_bool_dtype(values.dtype):
+            numbers = values.to_numpy(np.float64, na_value=np.nan)
+            changed[column] = np.where(np.isnan(numbers), known.mean(), numbers)
+            averaged.append(str(column))
+        else:
+            changed[column] = values.astype(object).map(str, na_action="ignore").fillna("missing").to_numpy()
+    frame = frame.copy()
+    for column, filled in changed.items():  # not by assign, since names of columns need not be text
+        frame[column] = filled
+    return frame, averaged
 
 
 def _binned(values: pd.Series, column: str, bins: int) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -131,7 +168,8 @@ def _features(frame: pd.DataFrame) -> tuple[np.ndarray, list[int], list[str]]:
         dtype = values.dtype
         if missing := int(values.isna().sum()):
             raise InputError(
-                f"column {column!r} has missing values in {missing} of {len(values)} rows: fill or drop them."
+                f"column {column!r} has missing values in {missing} of {len(values)} rows: set missing to 'fill' or "
+                "'drop', or leave the column out of the features."
             )
         if isinstance(dtype, pd.CategoricalDtype) or types.is_object_dtype(dtype) or types.is_string_dtype(dtype):
             categorical.append(column)

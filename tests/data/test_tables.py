@@ -132,6 +132,7 @@ def _hole(column: str) -> pd.DataFrame:
         (table(), {"client": None}, ["client ids or the number of clients"]),
         (table(), {"clients": 3}, ["without client ids"]),
         (_hole("age"), {}, ["'age'", "missing", "2 of 60 rows"]),
+        (_hole("age"), {"missing": "guess"}, ["'guess'", "'refuse', 'drop' or 'fill'"]),
         (_hole("dept"), {}, ["'dept'", "missing", "2 of 60 rows"]),
         (_hole("city"), {}, ["'city'", "missing", "2 of 60 rows"]),
         (_hole("grade"), {}, ["'grade'", "missing in 2 rows", "row 4"]),
@@ -147,6 +148,46 @@ def _hole(column: str) -> pd.DataFrame:
 def test_what_is_refused(frame: pd.DataFrame, options: dict[str, Any], words: list[str], refuses: Any) -> None:
     with refuses(*words):
         from_dataframe(frame, **({"client": "student", "label": "grade"} | options))
+
+
+def test_missing_values_are_dropped() -> None:
+    frame = table().convert_dtypes()
+    frame.loc[[4, 9], "age"] = None
+    frame.loc[12, "student"] = None
+    frame.loc[13, "grade"] = None
+    dropped = from_dataframe(frame, "student", "grade", missing="drop")
+    assert dropped.fingerprint == from_dataframe(table().drop([4, 9, 12, 13]), "student", "grade").fingerprint
+    frame.loc[20, "city"] = None  # a column that is not used
+    used = ["age", "dept"]
+    assert from_dataframe(frame, "student", "grade", used, missing="drop").fingerprint == (
+        from_dataframe(table().drop([4, 9, 12, 13]), "student", "grade", used).fingerprint
+    )
+
+
+@pytest.mark.parametrize("convert", [pd.DataFrame.convert_dtypes, lambda frame: frame], ids=["nullable", "plain"])
+def test_missing_values_are_filled(convert: Any) -> None:
+    frame = table().astype({"late": object})
+    frame.loc[[4, 9], ["age", "city", "dept", "late"]] = None
+    frame.loc[12, "student"] = None
+    frame.loc[13, "grade"] = None
+    filled = from_dataframe(convert(frame), "student", "grade", missing="fill", test_fraction=0.02)
+    rest = table().drop([12, 13])
+    mean = rest.drop([4, 9])["age"].mean()
+    by_hand = rest.astype({"city": str, "dept": str, "late": str})
+    by_hand.loc[[4, 9], ["age", "city", "dept", "late"]] = [mean, "missing", "missing", "missing"]
+    expected = from_dataframe(by_hand, "student", "grade", test_fraction=0.02)
+    np.testing.assert_array_equal(filled.x, expected.x)
+    np.testing.assert_array_equal(filled.y, expected.y)
+    assert "Missing values in 'age' become the mean, which is not covered." in filled.assumptions
+    assert "The categories in 'dept', 'late', 'city' are treated as public." in filled.assumptions
+
+
+def test_a_table_without_holes_is_the_same_however_they_are_treated() -> None:
+    refused, dropped, filled = (
+        from_dataframe(table(), "student", "grade", missing=m) for m in ("refuse", "drop", "fill")
+    )
+    assert refused.fingerprint == dropped.fingerprint == filled.fingerprint
+    assert refused.assumptions == filled.assumptions
 
 
 def test_too_many_categories_are_refused(refuses: Any) -> None:
