@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -64,7 +65,9 @@ def kinds(union: Any) -> dict[str, type[Config]]:
 
 def _unknown_field(config: type[Config], path: str, name: str) -> str:
     known = list(config.model_fields)
-    near = difflib.get_close_matches(name, known, n=1)
+    groups = [(field, group) for field in known for group in _groups_in(config.model_fields[field].annotation)]
+    inside = dict.fromkeys(f"{field}.{inner}" for field, group in groups for inner in group.model_fields)
+    near = [field for field in inside if field.endswith(f".{name}")] or difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}."
     return f"'{path}' is not a setting of {config.__name__}: {hint}"
 
@@ -94,7 +97,8 @@ def _sentence(config: type[Config], error: pydantic_core.ErrorDetails) -> str:
     context = error.get("ctx", {})
     if isinstance(context.get("error"), InputError):
         return str(context["error"])
-    path = ".".join(str(part) for part in error["loc"])
+    # Without what pydantic calls the members of a union of plain types.
+    path = ".".join(str(part) for part in error["loc"] if not re.fullmatch(r"int|float|str|bool|\w*\[.*\]", str(part)))
     if error["type"] in ("extra_forbidden", "missing"):
         group, name = _group_at(config, error["loc"][:-1]), str(error["loc"][-1])
         if error["type"] == "extra_forbidden":
@@ -104,6 +108,13 @@ def _sentence(config: type[Config], error: pydantic_core.ErrorDetails) -> str:
         known = context.get("expected_tags", "its name")
         return f"{path} must be given by {known}, but it was {error['input']!r}."
     if error["type"] == "model_attributes_type":
-        return f"{path} must be made by one of dpfl's classes for it, but it was {error['input']!r}."
+        return (
+            f"{path} must be made by one of dpfl's classes for it, or a mapping of its name and settings, but it was "
+            f"{error['input']!r}."
+        )
+    if error["type"] == "too_short":
+        return f"{path} needs at least {context['min_length']} value, but it was {error['input']!r}."
+    if error["type"] == "dict_type":
+        return f"{path} should be a mapping of settings to values, but it was {error['input']!r}."
     complaint = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{path or config.__name__} {complaint}, but it was {error['input']!r}."

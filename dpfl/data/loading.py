@@ -74,5 +74,5 @@ def load(
     valid = inspect.signature(loader).parameters
     for option in given:
         if option not in valid:
-            raise InputError(f"{str(source)!r} takes no option {option!r}: it takes {', '.join(valid)}.")
+            raise InputError(f"{str(source)!r} takes no option {option!r}: {instead(option, valid, len(valid))}")
     return loader(**given)

@@ -25,8 +25,11 @@ def grid(base: Experiment, axes: Axes) -> list[Experiment]:
             settings takes tuples of values, which change together.
 
     Raises:
-        InputError: a setting does not exist or a value is wrong.
+        InputError: a setting does not exist or is on two axes, or a value is wrong.
     """
+    paths = [path for name in axes for path in (name if isinstance(name, tuple) else (name,))]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise InputError(f"the setting {twice[0]} is on two axes, of which only one can count: leave one out.")
     for name, axis in axes.items():
         if isinstance(axis, str) or not isinstance(axis, Sequence) or not axis:
             raise InputError(f"the axis {name} must be a list of values, at least one, but it was {axis!r}.")
@@ -79,6 +82,8 @@ def clipping(
     Raises:
         InputError: a value is wrong.
     """
+    if not len(clip_norms) + len(quantiles):
+        raise InputError("the axis clipping has no values: give it clip_norms, quantiles, or both.")
     fixed = [Gaussian(clip_norm=clip_norm) for clip_norm in clip_norms]
     return {"mechanism": [*fixed, *(AdaptiveClipping(clip_norm=start, quantile=quantile) for quantile in quantiles)]}
 

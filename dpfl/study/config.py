@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from dpfl.files import written_whole
 from dpfl.simulation.experiment import Experiment
 from dpfl.study import axes
 from dpfl.study.study import Study
+
+_NAMED_AXES = ("round_frequency", "clipping")
 
 
 class Range(Config):
@@ -64,6 +67,12 @@ class Clipping(Config):
     quantiles: list[float] = pydantic.Field(default_factory=list)
     start: float = 1.0
 
+    @pydantic.field_validator("clip_norms", mode="before")
+    @classmethod
+    def _range_of(cls, given: Any) -> Any:
+        """Made here, so that it is a range whose setting is complained about, and not a list."""
+        return Range(**_mapping("clipping", given)) if isinstance(given, dict) else given
+
 
 class StudyConfig(Config):
     """A study in plain values, as a YAML file has it.
@@ -110,8 +119,7 @@ class StudyConfig(Config):
         except OSError as error:
             raise InputError(f"the study {path} cannot be read ({error.strerror}): check the path.") from None
         except (YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{path} is not a valid YAML file: {reason}.") from None
+            raise InputError(f"{path} is not a valid YAML file: {_complaint(error)}.") from None
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise InputError(f"{path} is not a study: give it the settings {', '.join(cls.model_fields)}.")
         config = cls(**content)
@@ -138,9 +146,20 @@ class StudyConfig(Config):
         base = Experiment(**{name: self._given(name, value) for name, value in self.experiment.items()})
         points = [base.replace(**_values(point)) for point in self.points] or [base]
         product: dict[Any, Any] = {}
+        varied = list(dict.fromkeys(name for point in self.points for name in point))
         for name, axis in self.grid.items():
-            product |= _axis(name, axis)
+            values = _axis(name, axis)
+            varied += [path for paths in values for path in (paths if isinstance(paths, tuple) else (paths,))]
+            varied += ["mechanism.clip_norm", "mechanism.quantile"] if name == "clipping" else []
+            product |= values
+        varied += self.zip
+        if twice := [path for path in varied if varied.count(path) > 1]:
+            raise InputError(
+                f"the setting {twice[0]} varies in two places, of which only one can count: leave one out."
+            )
         if self.zip:
+            if empty := [name for name, column in self.zip.items() if not column]:
+                raise InputError(f"the list of {empty[0]} in zip is empty: give it values, or leave it out.")
             rows = [tuple(map(functools.partial(_value, name), column)) for name, column in self.zip.items()]
             lengths = {name: len(column) for name, column in self.zip.items()}
             if len(set(lengths.values())) > 1:
@@ -167,6 +186,8 @@ def _axis(name: str, given: Any) -> dict[Any, list[Any]]:
         clipping = Clipping(**_mapping(name, given))
         norms = clipping.clip_norms.values() if isinstance(clipping.clip_norms, Range) else clipping.clip_norms
         return dict(axes.clipping(norms, clipping.quantiles, clipping.start))
+    if name not in Experiment.model_fields and (near := difflib.get_close_matches(name, _NAMED_AXES, n=1)):
+        raise InputError(f"'{name}' is not an axis: did you mean '{near[0]}'?")
     if isinstance(given, dict):
         return {name: list(Range(**_mapping(name, given)).values())}
     if not isinstance(given, list):
@@ -174,6 +195,13 @@ def _axis(name: str, given: Any) -> dict[Any, list[Any]]:
             f"the axis {name} must be a list of values or a range with low, high and count, but it was {given!r}."
         )
     return {name: [_value(name, value) for value in given]}
+
+
+def _complaint(error: Exception) -> str:
+    """What is wrong with a YAML file, and in which line."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    text = f"{problem} in line {mark.line + 1}" if problem and mark else str(error)
+    return " ".join(text.split())
 
 
 def _mapping(name: str, given: Any) -> dict[str, Any]:

@@ -285,7 +285,8 @@ class Store:
             content = json.loads(self._path(run_id).read_bytes())
             record = content["record"]
             whole = record["run_id"] == run_id and {"guarantee", "history"} <= set(content)
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = whole and len({len(column) for column in content["history"].values()}) <= 1
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return content if whole and {"status", "configuration", "seed", "dpfl_version"} <= set(record) else None
 

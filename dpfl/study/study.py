@@ -16,7 +16,7 @@ from dpfl.randomness import check_seed
 from dpfl.simulation.checkpoints import Checkpoints
 from dpfl.simulation.experiment import Experiment
 from dpfl.study.axes import Axes, ceilings, grid
-from dpfl.study.running import run_tasks
+from dpfl.study.running import run_names, run_tasks
 from dpfl.study.store import Store
 from dpfl.study.workers import Outcome, Planned, process_pool, ray_pool, tasks_of
 
@@ -202,7 +202,11 @@ class Study:
         with progress_bar("calibrating", len(indices), "configurations", shown=progress) as advance:
             for index in indices:
                 experiment = self.experiments[index]
-                plan = experiment.plan()
-                planned[index] = Planned(experiment, plan, experiment.client_plan(plan.rounds))
+                try:
+                    plan = experiment.plan()
+                    planned[index] = Planned(experiment, plan, experiment.client_plan(plan.rounds))
+                except InputError as error:
+                    name = run_names(self.experiments)[index]
+                    raise InputError(f"with {name}, {error}" if name else str(error)) from None
                 advance(1)
         return planned

@@ -38,13 +38,13 @@ def test_mnist_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("source", "options", "words"),
     [
-        ("digits", {"client": "s"}, ["'digits'", "'client'", "it takes clients, partition, seed"]),
+        ("digits", {"client": "s"}, ["'digits'", "'client'", "did you mean 'clients'?"]),
         ("digits", {"label": "y"}, ["'label'"]),
         ("digits", {"features": ["a"]}, ["'features'"]),
         ("digits", {"alpha": 1}, ["'alpha'"]),
-        ("synthetic", {"partition": "iid"}, ["'synthetic'", "'partition'", "alpha, beta"]),
+        ("synthetic", {"partition": "iid"}, ["'synthetic'", "'partition'", "'alpha', 'beta'"]),
         ("mnist", {"client": "s"}, ["'mnist'", "'client'"]),
-        ("t.csv", {"alpha": 1}, ["'t.csv'", "'alpha'", "it takes client, label"]),
+        ("t.csv", {"alpha": 1}, ["'t.csv'", "'alpha'", "valid are 'client', 'label'"]),
         ("t.csv", {"path": "u.csv"}, ["'t.csv'", "'path'"]),
         ("digit", {}, ["'digit'", "did you mean 'digits'"]),
         ("MNIST", {}, ["'MNIST'", "'digits'", "'cifar10'", ".csv"]),

@@ -75,11 +75,15 @@ def test_folders_are_merged_by_copying(base: Experiment, same_runs: SameRuns, st
     same_runs(merged.run(tmp_path / "one", progress=False).frame(), whole)
 
 
-@pytest.mark.parametrize("broken", ["", "{}", '{"record": {"run_id"', '{"record": 3}', "\x00"])
+@pytest.mark.parametrize("broken", ["", "{}", '{"record": {"run_id"', '{"record": 3}', "\x00", "history"])
 def test_a_record_that_is_no_whole_one_counts_as_absent(ended: Path, study: Study, tmp_path: Path, broken: str) -> None:
     shutil.copytree(ended, tmp_path / "copy")
     store = Store(tmp_path / "copy")
     path = store.folder / "records" / f"{study.run_ids[3]}.json"
+    if broken == "history":
+        content = json.loads(path.read_text())
+        content["history"]["loss"].pop()
+        broken = json.dumps(content)
     path.write_text(path.read_text()[:200] if broken == "\x00" else broken)
     assert study.pending(store.folder) == 1
     assert store.frame()["run_id"].tolist() == [one for one in study.run_ids if one != study.run_ids[3]]

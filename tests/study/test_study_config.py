@@ -98,6 +98,24 @@ def test_points_rows_and_axes_multiply() -> None:
         ("experiment:", "experiment: [", "is not a valid YAML file"),
         (YAML, "- 3", "is not a study: give it the settings experiment, grid"),
         ("rounds: 6\n", "rounds: many\n", "rounds should be a valid integer"),
+        ("experiment:", "seeds: 3\nexperiment:", 'found duplicate key "seeds".* in line 16'),
+        (
+            "privacy.epsilon: [",
+            "epsilon: [",
+            "'epsilon' is not a setting of Experiment: did you mean 'privacy.epsilon'",
+        ),
+        ("  clipping:", "  cliping:", "'cliping' is not an axis: did you mean 'clipping'"),
+        ("{low: 0.25, high: 1, count: 3}", "{low: 0.25, high: 1}", "Range lacks 'count': give it a value"),
+        ("count: 3}", "count: 3, scale: lgo}", "scale should be 'log' or 'linear', but it was 'lgo'"),
+        ("clipping: {", "clipping: {} #", "the axis clipping has no values"),
+        ("rounds: [2, 6]", "rounds: []", "rounds needs at least 1 value"),
+        ("seeds: [5, 7]", "seeds: three", "^seeds should be a valid integer"),
+        ("mechanism: {name: gaussian, clip_norm: 0.5}", "mechanism: gaussian", "a mapping of its name and settings"),
+        ("grid:", "grid:\n  rounds: [3]", "the setting rounds varies in two places"),
+        ("grid:", "grid:\n  mechanism.clip_norm: [3]", "the setting mechanism.clip_norm varies in two places"),
+        ("grid:", "zip: {privacy.epsilon: [1]}\ngrid:", "the setting privacy.epsilon varies in two places"),
+        ("grid:", "points: [{local.steps: 1}]\ngrid:", "the setting local.steps varies in two places"),
+        ("grid:", "zip: {model: []}\ngrid:", "the list of model in zip is empty"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(file: Path, old: str, new: str, complaint: str) -> None:
@@ -119,6 +137,11 @@ def test_axes_in_python() -> None:
     assert round_frequency([2, 6], 6) == {("rounds", "local.steps"): [(2, 3), (6, 1)]}
     fixed, adaptive = clipping([0.5], [0.3])["mechanism"]
     assert (fixed.clip_norm, adaptive.quantile) == (0.5, 0.3)
+    base = StudyConfig(
+        experiment={"data": "digits", "privacy": {"epsilon": 1}, "sampler": {"name": "everyone"}, "rounds": 3}
+    ).study()
+    with pytest.raises(dpfl.InputError, match="the setting rounds is on two axes"):
+        dpfl.Study(base.experiments, {"rounds": [1], **round_frequency([2, 6], 6)})
     for low, high, count in ((1, 1, 3), (1, 2, 1), (-1, 2, 3)):
         with pytest.raises(dpfl.InputError, match="range needs"):
             value_range(low, high, count)

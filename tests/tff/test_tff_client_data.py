@@ -342,7 +342,7 @@ def test_client_data_works_in_graphs_of_tff(answer) -> None:
         ("breaks off", ["could not download", "reset by peer"]),
         ("too few words", ["words is 0"]),
         ("length", ["sequence_length is 0"]),
-        ("partition", ["'emnist' takes no option 'partition'", "it takes clients, seed"]),
+        ("partition", ["'emnist' takes no option 'partition'", "valid are 'clients', 'seed'"]),
         ("too many users", ["clients is 1000", "3 clients"]),
     ],
 )
