@@ -4,8 +4,8 @@
 
     dpfl.explore.tradeoffs(dpfl.study.Store("runs/tradeoff"))
 
-Nothing is trained: figures and sentences come from the study's folder. `figure`, `in_words` and `settings` do without
-widgets.
+Nothing is trained: figures and sentences come from the study's folder. Runs with adaptive clipping, whose norm no
+slider chooses, are left out where there are fixed norms. `figure`, `in_words` and `settings` do without widgets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dpfl.charts import canvas, words
-from dpfl.charts.runs import clipped, finished, plain, prepare
+from dpfl.charts.runs import ADAPTIVE, clipped, finished, plain, prepare
 from dpfl.errors import InputError
 from dpfl.statistics import summarise
 
@@ -42,7 +42,7 @@ def settings(frame: pd.DataFrame) -> dict[str, list[float]]:
     Raises:
         InputError: The frame lacks columns, or mixes runs that one chart cannot tell apart.
     """
-    runs = clipped(prepare(frame))
+    runs = clipped(prepare(_fixed(frame)))
     return {column: sorted(runs[column].unique(), key=lambda value: (pd.isna(value), value)) for column in AXES}
 
 
@@ -56,7 +56,7 @@ def matching(frame: pd.DataFrame, **chosen: float) -> pd.DataFrame:
     Raises:
         InputError: As of `settings`.
     """
-    runs = clipped(prepare(frame))
+    runs = clipped(prepare(_fixed(frame)))
     for column, value in chosen.items():
         runs = runs[runs[column].isna() if pd.isna(value) else runs[column] == value]
     return runs
@@ -76,7 +76,7 @@ def figure(frame: pd.DataFrame, history: pd.DataFrame, *, epsilon: float, clip_n
     Raises:
         InputError: As of `settings`.
     """
-    runs = prepare(frame)
+    runs = prepare(_fixed(frame))
     same_clip = finished(matching(frame, clip_norm=clip_norm))
     table = summarise(same_clip, ["rounds", "epsilon"])
     budgets = sorted(table["epsilon"].dropna().unique())
@@ -177,6 +177,14 @@ def tradeoffs(store: Store) -> ipywidgets.VBox:
         slider.observe(show, names="value")
     show()
     return ipywidgets.VBox([*sliders.values(), image, text])
+
+
+def _fixed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs without those of adaptive clipping, unless these are all there is."""
+    if "mechanism" not in frame:
+        return frame
+    adaptive = frame["mechanism"] == ADAPTIVE
+    return frame if (adaptive | (frame["mechanism"] == "none")).all() else frame[~adaptive]
 
 
 def _text(epsilon: float) -> str:

@@ -7,6 +7,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @contextlib.contextmanager
@@ -38,3 +42,17 @@ def remove_parts(path: Path) -> None:
     """Removes what `written_whole(path)` left behind where it was killed; for whoever alone writes that file."""
     for part in path.parent.glob(f".{path.stem}-*{path.suffix}"):
         part.unlink(missing_ok=True)
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """Returns the table in a Parquet file.
+
+    Not by pandas, which hands Arrow's threads a Python file: where the interpreter ends soon after, letting go of it
+    aborts the process ("terminate called without an active exception", github.com/apache/arrow/issues/34314).
+
+    Args:
+        path: of the file.
+    """
+    from pyarrow import parquet
+
+    return parquet.read_table(str(path), use_threads=False).to_pandas(use_threads=False)

@@ -68,6 +68,14 @@ def test_the_figure_follows_the_sliders(store: Store) -> None:
     assert html.unescape(text.value) == expected
 
 
+def test_adaptive_clipping_beside_fixed_norms_is_left_out(store: Store) -> None:
+    frame = store.frame()
+    adaptive = frame["mechanism"].where(frame["clip_norm"] != 1, "adaptive_clipping")
+    both = frame.assign(mechanism=adaptive, clip_quantile=np.where(frame["clip_norm"] == 1, 0.5, NAN))
+    assert dpfl.explore.settings(both)["clip_norm"] == [0.5]
+    assert dpfl.explore.settings(both[both["clip_quantile"].notna()])["clip_norm"] == [1]
+
+
 def test_what_cannot_be_explored(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(dpfl.InputError, match="no run has ended"):
         dpfl.explore.tradeoffs(Store(tmp_path))

@@ -27,7 +27,8 @@ def best_settings(frame: pd.DataFrame) -> pd.DataFrame:
         for part in (clipped(runs), plain(runs))
         if len(part)
     ]
-    tables = [summarise(finished(part), columns) for part in chosen]
+    # The table of a group begins with its mechanism, of which one epsilon may have another than the next.
+    tables = [summarise(finished(part), columns).sort_values("epsilon", kind="stable") for part in chosen]
     return pd.concat([table.dropna(axis=1, how="all") for table in tables], ignore_index=True).reindex(
         columns=[*columns, "mean", "low", "high", "seeds"]
     )

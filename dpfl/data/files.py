@@ -14,6 +14,7 @@ from dpfl.data.federated_data import FederatedData
 from dpfl.data.tables import Missing, from_dataframe
 from dpfl.data.wording import instead
 from dpfl.errors import InputError
+from dpfl.files import read_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,6 +161,6 @@ def _read_table(path: Path, suffix: str) -> pd.DataFrame:
     import pandas as pd
 
     if suffix == ".parquet":
-        return pd.read_parquet(path)
+        return read_parquet(path)
     # low_memory reads in pieces, each with its own types, and would make the clients 1 and "1" of one person
     return pd.read_csv(path, sep="\t" if suffix.startswith(".tsv") else ",", low_memory=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from dpfl.errors import InputError
-from dpfl.files import written_whole
+from dpfl.files import read_parquet, written_whole
 from dpfl.privacy import Guarantee
 
 if TYPE_CHECKING:
@@ -187,11 +187,9 @@ class Store:
 
     def _runs(self) -> pd.DataFrame:
         """The records of all runs that can be read, from the collected table where it is up to date."""
-        import pandas as pd
-
         known, stamps = self._collected(), self._stamps()
         if known == stamps and known:
-            return pd.read_parquet(self.folder / "runs.parquet")
+            return read_parquet(self.folder / "runs.parquet")
         return self._tables()[0]
 
     def _tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -203,7 +201,7 @@ class Store:
         runs: list[pd.DataFrame] = []
         rounds: list[pd.DataFrame] = []
         if same:
-            old_runs, old_rounds = (pd.read_parquet(self.folder / f"{name}.parquet") for name in ("runs", "history"))
+            old_runs, old_rounds = (read_parquet(self.folder / f"{name}.parquet") for name in ("runs", "history"))
             runs.append(old_runs[old_runs["run_id"].isin(same)])
             rounds.append(old_rounds[old_rounds["run_id"].isin(same)] if len(old_rounds) else old_rounds)
         contents = [content for run_id in stamps if run_id not in same if (content := self._read(run_id)) is not None]

@@ -64,6 +64,13 @@ def test_the_best_clip_of_a_point_may_be_adaptive(both):
     assert table["mechanism"].tolist() == ["adaptive_clipping"] * 3 + ["none"]
 
 
+def test_best_settings_go_by_epsilon_whatever_clips(both):
+    worse = (both["mechanism"] == "adaptive_clipping") & (both["epsilon"] == 1)
+    table = charts.best_settings(both.assign(validation_accuracy=both["validation_accuracy"].where(~worse, 0.0)))
+    assert table["mechanism"].tolist() == ["gaussian", "adaptive_clipping", "adaptive_clipping", "none"]
+    assert table["epsilon"].tolist()[:2] == [1, 4]
+
+
 def test_the_map_has_each_cell_and_frames_the_best(both):
     figure = charts.clipping_map(both)
     fixed = both[both["mechanism"] != "adaptive_clipping"]

@@ -209,7 +209,7 @@ print(dpfl.Study(experiment, seeds=1).run({str(tmp_path)!r}, workers=1, progress
 
 def test_what_cannot_be_met_stops_the_study_before_any_run(base: dpfl.Experiment, tmp_path: Path) -> None:
     study = dpfl.Study(base.replace(**{"privacy.delta": 1e-12}), {"privacy.epsilon": [8, 1e-8]}, seeds=1)
-    with pytest.raises(dpfl.InputError, match="^with epsilon 1e-08, .*cannot be met"):
+    with pytest.raises(dpfl.InputError, match=r"^with epsilon 1e-08, .*cannot be met"):
         study.run(tmp_path, progress=False)
     assert list((tmp_path / "records").iterdir()) == []
 
