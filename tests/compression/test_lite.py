@@ -124,12 +124,14 @@ def _dense():
     return tf.keras.Sequential([tf.keras.layers.Input((8,)), tf.keras.layers.Dense(2)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [Subclassed, _functional])
 def test_models_of_users(digits, model):
     result = run(digits, model=model, lite=("float32",))
     assert result.record["lite_float32_accuracy"] == pytest.approx(result.accuracy, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_pruning_makes_a_file_smaller_once_it_is_compressed(digits):
     """Zeros are written out, so that the file stays as long as it was: gzip is what finds them."""
     dense, pruned = (
@@ -151,6 +153,7 @@ def test_no_test_examples(results, digits):
     assert columns["lite_float32_bytes"] == result.record["lite_float32_bytes"]
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_a_result(digits):
     local = dpfl.ClientTraining(learning_rate=1e30, epochs=2, batch_size=5)
     settings = experiment(digits, model="mlp", lite=("float32",), epsilon=None, mechanism=dpfl.NoMechanism())
