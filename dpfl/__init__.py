@@ -45,7 +45,7 @@ _HOMES = {
     "Poisson": "dpfl.sampling",
     "PoissonBatches": "dpfl.clients.keras_door",
     "Privacy": "dpfl.privacy",
-    "PruningCallback": "dpfl.compression",
+    "PruningCallback": "dpfl.clients.keras_door",
     "RayCluster": "dpfl.simulation",
     "ServerOptimizer": "dpfl.simulation",
     "Study": "dpfl.study",
@@ -75,8 +75,9 @@ if TYPE_CHECKING:
         DPModel,
         EpsilonCallback,
         PoissonBatches,
+        PruningCallback,
     )
-    from dpfl.compression import Compression, PruningCallback
+    from dpfl.compression import Compression
     from dpfl.data import FederatedData
     from dpfl.errors import InputError
     from dpfl.mechanisms import (

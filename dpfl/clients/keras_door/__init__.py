@@ -4,6 +4,7 @@ from dpfl.clients.keras_door.batches import PoissonBatches
 from dpfl.clients.keras_door.callback import EpsilonCallback
 from dpfl.clients.keras_door.model import DPModel
 from dpfl.clients.keras_door.optimizers import DPKerasAdagradOptimizer, DPKerasAdamOptimizer, DPKerasSGDOptimizer
+from dpfl.clients.keras_door.pruning import PruningCallback, as_prunable, pruning_schedule
 
 __all__ = [
     "DPKerasAdagradOptimizer",
@@ -12,4 +13,7 @@ __all__ = [
     "DPModel",
     "EpsilonCallback",
     "PoissonBatches",
+    "PruningCallback",
+    "as_prunable",
+    "pruning_schedule",
 ]

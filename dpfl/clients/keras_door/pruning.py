@@ -179,7 +179,7 @@ class PruningCallback(tf.keras.callbacks.Callback):
         if not isinstance(model, DPModel):
             raise InputError(
                 "PruningCallback is for models that train privately: wrap yours in dpfl.DPModel, or train what "
-                "dpfl.compression.as_prunable gives by Keras alone."
+                "dpfl.clients.keras_door.as_prunable gives by Keras alone."
             )
         if int(model._steps_per_execution) > 1:
             raise InputError("pruning follows every step: compile with steps_per_execution=1.")
