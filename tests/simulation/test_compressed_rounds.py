@@ -240,17 +240,17 @@ class TestSelections:
         one, other = (np.concatenate([part.ravel() for part in weights]) for weights in (plain, selected))
         assert np.abs(one - other)[chosen].max() > 1e-3
 
-    @pytest.mark.parametrize("model", ["softmax"])
-    def test_top_k_changes_so_many_weights(self, model, base):
-        experiment = base.replace(model=model, compression=Compression(top_k=7), rounds=1)
+    def test_top_k_changes_so_many_weights(self, base):
+        experiment = base.replace(compression=Compression(top_k=7), rounds=1)
         initial = base.replace(
-            model=model,
             rounds=1,
             mechanism=dpfl.NoMechanism(),
             **{"local.learning_rate": 1e-30},
         ).run(0, progress=False)
         after = experiment.run(0, progress=False)
-        changed = sum(np.count_nonzero(a != b) for a, b in zip(after.weights, initial.weights, strict=True))
+        changed = sum(
+            np.count_nonzero(np.abs(a - b) > 1e-20) for a, b in zip(after.weights, initial.weights, strict=True)
+        )
         assert changed == 7
 
 
@@ -269,6 +269,7 @@ def told(result: Result) -> str:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
