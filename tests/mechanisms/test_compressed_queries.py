@@ -435,3 +435,24 @@ class TestNoise:
             state = query.initial_global_state()
             released.append(flat(query.get_noised_result(query.initial_sample_state(template), state)[0]))
         np.testing.assert_array_equal(*released)
+
+
+@pytest.mark.skipif(not hasattr(CompressedMeanQuery, "sums"), reason="records are preprocessed one by one alone")
+@pytest.mark.parametrize("name", ["gaussian", "adaptive clipping", "tree", "banded"])
+@pytest.mark.parametrize("compression", SETTINGS, ids=in_words)
+def test_what_many_clients_send_together_is_what_each_sends(name, compression):
+    if not taken(MECHANISMS[name], compression):
+        pytest.skip("refused")
+    query = planned(name, compression).query(3, TEMPLATE)
+    _, params = prepared(query, TEMPLATE)
+    assert query.clips_many
+    clients = tf.constant([4, 0, *range(7, 7 + len(RECORDS) - 2)])
+    stacked = [tf.stack(parts) for parts in zip(*[tf.nest.flatten(as_tensors(r)) for r in RECORDS], strict=True)]
+    total, norms = query.sums(params, clients, stacked)
+    expected, each = query.initial_sample_state(TEMPLATE), []
+    for client, record in zip(clients, RECORDS, strict=True):
+        sent, norm = query.sent_and_norm(query.client_params(params, client), as_tensors(record))
+        expected = query.accumulate_preprocessed_record(expected, sent)
+        each.append(float(norm))
+    np.testing.assert_allclose(flat(total), flat(expected), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norms, each, rtol=1e-5, atol=1e-20)

@@ -121,6 +121,7 @@ class TestBytes:
             sizes.append(row["bytes_up"] / row["cohort"])
         assert sizes == [4 * WEIGHTS + 4, 12 + 4 + 4]
 
+    @pytest.mark.slow
     def test_up_of_distributed_ones_are_integers_of_the_coordinates_that_are_left(self, base):
         distributed = {
             "mechanism": dpfl.DistributedSkellam(clip_norm=0.5, bits=20),
@@ -164,6 +165,7 @@ class TestBytes:
 
 
 class TestPruning:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("server", "bits"), [("momentum", 4), ("adam", None)])
     def test_the_last_model_has_the_sparsity(self, server, bits, base):
         experiment = base.replace(
@@ -202,6 +204,7 @@ class TestPruning:
         assert result.history[-1]["update_norm"] > 0
         assert math.isfinite(result.loss)
 
+    @pytest.mark.slow
     def test_clients_that_train_by_dp_sgd_quantise(self, base):
         plain, quantised = (
             base.replace(compression=compression, **DP_SGD).run(0, progress=False)
@@ -212,6 +215,7 @@ class TestPruning:
         assert quantised.history[0]["bytes_up"] == (112 + 4) * quantised.history[0]["cohort"]
 
 
+@pytest.mark.slow
 class TestSelections:
     @pytest.mark.parametrize("settings", [{"random_k": 20}, {"rank": 1}], ids=str)
     def test_a_round_moves_the_model_within_its_subspace_alone(self, settings, base):
@@ -301,6 +305,7 @@ def test_killed_and_resumed_it_gives_the_undisturbed_numbers(settings, killed_in
     assert told(run(experiment, plan, None, 4)) != told(undisturbed)
 
 
+@pytest.mark.slow
 def test_the_record_names_the_compression(base):
     compression = Compression(bits=4, random_k=20, top_k=0.5)
     record = base.replace(compression=compression, rounds=1).run(0, progress=False).record
