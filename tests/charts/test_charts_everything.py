@@ -12,16 +12,8 @@ from dpfl.errors import InputError
 
 NAN = float("nan")
 ALL = {
-    *("epsilon", "clipping", "clipping_map", "round_frequency", "mechanisms", "cohort", "local_steps"),
-    *(
-        "convergence",
-        "signal_to_noise",
-        "pareto",
-        "client_epsilons",
-        "small_multiples",
-        "compression",
-        "compression_down",
-    ),
+    *("epsilon", "clipping", "clipping_map", "round_frequency", "mechanisms", "cohort", "local_steps", "compression"),
+    *("convergence", "signal_to_noise", "pareto", "client_epsilons", "small_multiples", "compression_down"),
 }
 
 

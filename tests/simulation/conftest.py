@@ -14,7 +14,7 @@ from dpfl.models.functional import FunctionalModel
 from dpfl.privacy import Privacy
 from dpfl.sampling import BaseSampler, Poisson
 from dpfl.simulation.engine import Engine
-from dpfl.simulation.server import ServerOptimizer
+from dpfl.simulation.server import ServerOptimizer, ServerStep
 from dpfl.simulation.state import Settings, State
 
 
@@ -50,7 +50,6 @@ class Setup:
         seed: int = 0,
     ) -> None:
         self.local = local or ClientTraining(learning_rate=0.3, batch_size=4, epochs=2)
-        self.server = server or ServerOptimizer()
         self.model = FunctionalModel(model, data.example_shape, data.num_classes)
         mechanism = mechanism or (NoMechanism() if clip_norm is None else Gaussian(clip_norm=clip_norm))
         self.plan: Plan = mechanism.plan(
@@ -64,6 +63,7 @@ class Setup:
         if self.local.is_private:
             target = Privacy(unit="example", epsilon=None, delta=1e-3, relation=relation)
             self.client_plan = plan_clients(self.local, target, self.plan.sampler, data.client_sizes, 10)
+        self.server = ServerStep(server or ServerOptimizer(), self.plan.compression, tuple(self.model.shapes), 10)
         query = self.plan.query(0, self.model.initial_weights(0))
         self.engine = Engine(data, self.model, self.local, self.server, query)
         self.seed = seed

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import dpfl
-from dpfl.simulation.run import _graph_engine, _start, run_together
+from dpfl.simulation.run import _graph_engine, _server_step, _start, run_together
 from dpfl.simulation.state import NORM_QUANTILES, norm_counts, norm_quantile
 
 
@@ -30,10 +30,11 @@ def sums_of_each_client(experiment: dpfl.Experiment) -> tuple[list[np.ndarray], 
     cohort = plan.sampler.clients(0, 0, plan.population)
     updates = []
     for client in cohort:
-        _, engine = _graph_engine(plain, plan)
-        state = engine.initial_state(plan, plain.server, 0)
+        model, engine = _graph_engine(plain, plan)
+        server = _server_step(plain, plan, model)
+        state = engine.initial_state(plan, server, 0)
         before = [np.array(weight) for weight in state.weights]
-        settings = engine.settings(plain.local, plain.server, 0, None)
+        settings = engine.settings(plain.local, server, 0, None)
         after, _ = engine.run_rounds(state, [np.array([client], np.int32)], settings)
         # The mean divides by the expected cohort.
         updates.append(
@@ -83,8 +84,9 @@ def test_what_is_measured_does_not_depend_on_what_trains_beside_it(base: dpfl.Ex
 def test_parts_of_a_cohort_add_up(base: dpfl.Experiment) -> None:
     plan = base.plan()
     _, rounds = _start(base, plan, None, 0)
-    _, engine = _graph_engine(base, plan)
-    state, settings = engine.initial_state(plan, base.server, 0), engine.settings(base.local, base.server, 0, None)
+    model, engine = _graph_engine(base, plan)
+    server = _server_step(base, plan, model)
+    state, settings = engine.initial_state(plan, server, 0), engine.settings(base.local, server, 0, None)
     cohort = plan.sampler.clients(0, 0, plan.population)
     whole = rounds.run([cohort])
     sums = [engine.partial_sum(state, part, settings) for part in (cohort[:7], cohort[7:], cohort[:0])]
