@@ -125,10 +125,18 @@ def guarantee(private: pd.DataFrame, deltas: list[float]) -> str:
     return (
         f"Guarantee: {level(private)} (ε, δ)-differential privacy, δ = {several(map(number, deltas))}; "
         f"neighbours differ {relation.format(unit=run['unit'])}; "
-        f"{' or '.join(map(name, private['mechanism'].unique()))}; {name(run['sampler'])} sampling; "
+        f"{' or '.join(map(name, private['mechanism'].unique()))}; {_sampling(run)}; "
         f"{name(run['accountant'])} accountant."
         f"{_extrapolation(private)}"
     )
+
+
+def _sampling(run: pd.Series) -> str:
+    """Return how clients are sampled; under the unit example how these sample minibatches, which is what counts."""
+    minibatches = run.get("example_sampling")
+    if run["unit"] != "example" or pd.isna(minibatches):
+        return f"{name(run['sampler'])} sampling"
+    return f"{name(minibatches)} minibatches"
 
 
 def _extrapolation(private: pd.DataFrame) -> str:

@@ -79,7 +79,7 @@ class RayCluster(Config):
                 ray.init(address, **quiet)
         except Exception as error:  # Ray raises a bare one where its processes do not start in time.
             reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-            if not address:
+            if address in (None, "", "local"):
                 raise InputError(
                     f"Ray could not start on this machine ({reason}): try again when it is less busy, or start Ray "
                     'yourself by "ray start --head" and give the address "auto".'

@@ -38,6 +38,13 @@ def test_the_guarantee_is_stated_whole(relation, phrase):
     )
 
 
+def test_minibatches_of_examples_are_what_is_sampled_where_these_are_protected():
+    run = {"unit": "example", "relation": "add_or_remove_one", "sampler": "everyone", "accountant": "pld"}
+    run |= {"mechanism": "none", "example_sampling": "poisson"}
+    assert "(DP-SGD); Poisson minibatches; PLD accountant" in words.guarantee(pd.DataFrame([run]), [1e-5])
+    assert "; no sampling; " in words.guarantee(pd.DataFrame([run | {"unit": "user"}]), [1e-5])
+
+
 def test_seeds_that_differ_are_stated_as_a_range():
     assert "means over 2 to 5 seeds" in words.statistics(pd.Series([5, 2, 3]))
     assert words.statistics(pd.Series([1, 1])) == "One seed per point, so there are no intervals."
