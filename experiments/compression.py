@@ -1,12 +1,15 @@
 """How many bytes can be saved under privacy, and does fewer noised coordinates mean more accuracy?
 
 Quantised updates with and without rotation, random coordinates, low rank, pruned models and sparse releases, each to
-several degrees, at epsilon 1, 4 and without noise; the clip norm of each point is chosen on the validation split. Then,
-seed by seed, what the best setting with at most an eighth of the bytes loses or gains against no compression.
+several degrees, at epsilon 0.5, 1, 4 and without noise; the clip norm of each point is chosen on the validation split.
+Then, seed by seed, what the best setting with at most an eighth of the bytes loses or gains against no compression, and
+what the best setting of all does. At last, what becomes of a network with a hidden layer, pruned and not, as a file of
+TensorFlow Lite.
 
     uv run python experiments/compression.py
 
-Writes runs/compression/{runs.csv,table.md,compression.png,compression_down.png} and prints the table.
+Writes runs/compression/{runs.csv,table.md,compression.png,compression_down.png}, the files in runs/compression/lite
+and their table, lite.md, and prints the tables.
 """
 
 from typing import Any
@@ -16,7 +19,7 @@ import settings
 
 import dpfl
 
-EPSILONS = [4, None, 1]
+EPSILONS = [0.5, 4, None, 1]
 CLIP_NORMS = [0.2, 0.5]
 WAYS: list[dict[str, Any]] = [
     *({"bits": bits} for bits in (8, 4, 2, 1)),
@@ -24,10 +27,12 @@ WAYS: list[dict[str, Any]] = [
     *({"rank": rank} for rank in (8, 4, 2)),
     *({"sparsity": sparsity} for sparsity in (0.5, 0.8)),
     *({"top_k": top_k, "error_feedback": True} for top_k in (0.1, 0.05)),
+    {"top_k": 0.1},
     *({"random_k": random_k} for random_k in (0.5, 0.25, 0.125)),
     *({"random_k": random_k, "bits": 4} for random_k in (0.5, 0.25)),
 ]
 FEWER = 8
+FORMATS = ("float32", "float16", "int8")
 
 
 def answer(setting: settings.Setting) -> None:
@@ -43,6 +48,12 @@ def answer(setting: settings.Setting) -> None:
     if not setting.quick:
         setting.save(dpfl.charts.compression(frame, "down"), "compression_down")
     setting.show(table(frame), *compared(setting, frame))
+    network = setting.experiment(
+        model="mlp", privacy=dpfl.Privacy(epsilon=8, delta=settings.delta(setting.data.num_clients))
+    )
+    ends = [dpfl.Compression(lite=FORMATS, sparsity=sparsity) for sparsity in (0.0, 0.9)]
+    files = setting.run(dpfl.Study(network, {"compression": ends}, seeds=setting.seeds), "lite")
+    setting.show(table_of_files(files), name="lite")
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -54,8 +65,20 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     return means.merge(summary, on=keys).sort_values(["epsilon", "update_bytes"])
 
 
+def table_of_files(frame: pd.DataFrame) -> pd.DataFrame:
+    """Size and accuracy of the files of each format, means over the seeds."""
+    tables = []
+    for form in FORMATS:
+        sizes = frame.groupby("compression")[[f"lite_{form}_bytes", f"lite_{form}_gzip_bytes"]].mean().round()
+        sizes = sizes.set_axis(["bytes", "gzip_bytes"], axis=1).reset_index()
+        summary = dpfl.statistics.summarise(frame, ["compression"], value=f"lite_{form}_accuracy")
+        tables.append(sizes.assign(format=form).merge(summary, on="compression"))
+    columns = ["compression", "format", "bytes", "gzip_bytes", "seeds", "mean", "low", "high"]
+    return pd.concat(tables, ignore_index=True)[columns].sort_values("compression", kind="stable")
+
+
 def compared(setting: settings.Setting, frame: pd.DataFrame) -> list[str]:
-    """For each epsilon, the best setting of an eighth of the bytes against none, as sentences."""
+    """For each epsilon, the best setting of an eighth of the bytes, and the best of all, against none, as sentences."""
     if setting.seeds < 2:
         return []
     chosen = dpfl.statistics.best(frame, per=["epsilon", "compression"], over=["clip_norm"])
@@ -65,11 +88,12 @@ def compared(setting: settings.Setting, frame: pd.DataFrame) -> list[str]:
     sentences = []
     for _, part in means.reset_index().groupby("epsilon", dropna=False):
         (whole,) = part[part["compression"] == "none"].itertuples()
-        small = part[part["update_bytes"] <= whole.update_bytes / FEWER]
-        if len(small):
-            best = small.loc[small["validation_accuracy"].idxmax()]
-            of = ("epsilon", "compression", "clip_norm")
-            one, other = {name: best[name] for name in of}, {name: getattr(whole, name) for name in of}
+        some = part[part["compression"] != "none"]
+        few = some[some["update_bytes"] <= whole.update_bytes / FEWER]
+        rows = {of["validation_accuracy"].idxmax() for of in (few, some) if len(of)}
+        for row in sorted(rows):
+            names = ("epsilon", "compression", "clip_norm")
+            one, other = {name: part[name][row] for name in names}, {name: getattr(whole, name) for name in names}
             sentences.append(dpfl.statistics.compare(frame, one, other).statement())
     return sentences
 

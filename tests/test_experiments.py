@@ -17,7 +17,11 @@ FIGURES = {
     "heterogeneity": ["heterogeneity"],
     "compression": ["compression"],
 }
-TABLES = {"round_frequency": ["user", "example"], "local_steps_and_cohort": ["cohort", "local_steps"]}
+TABLES = {
+    "round_frequency": ["user", "example"],
+    "local_steps_and_cohort": ["cohort", "local_steps"],
+    "compression": ["table", "lite"],
+}
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from dpfl.statistics import best, summarise
 _MEASURED = {"up": "update_bytes", "down": "model_bytes"}
 _AXIS = {"up": "Bytes that a client sends", "down": "Bytes that a client receives"}
 _COLUMNS = ("bits", "rotation", "random_k", "rank", "sparsity", "top_k", "error_feedback")
-_ROW_OF_PANELS = 3
+_ROW_OF_PANELS = 2
 _NONE = "not compressed"
 _ALIKE = 1.01
 
@@ -64,7 +64,7 @@ def compression(frame: pd.DataFrame, traffic: Literal["up", "down"] = "up") -> F
 
     columns = min(len(levels), _ROW_OF_PANELS)
     rows = math.ceil(len(levels) / columns)
-    figure, grid = canvas.panels(rows, columns, (7.2, 2.5 * rows + 1.3))
+    figure, grid = canvas.panels(rows, columns, (7.2, 2.6 * rows + 1.2))
     looks = canvas.kinds(kinds)
     places = list(grid.flat)
     for axes, level in zip(places, levels, strict=False):
@@ -136,14 +136,14 @@ def _share(value: float) -> str:
 def _draw(axes: Axes, table: pd.DataFrame, looks: dict[Any, canvas.Look], title: str, xlabel: str) -> None:
     """Draw the panel of one epsilon."""
     axes.set(xscale="log", xlabel=xlabel, title=title)
-    axes.margins(x=0.12, y=0.1)
+    axes.margins(x=0.08, y=0.1)
     canvas.percent(axes.yaxis)
     for _, whole in table[table["kind"] == _NONE].iterrows():
         axes.axhline(whole["mean"], color="black", linestyle="--", linewidth=0.8)
         axes.axhspan(whole["low"], whole["high"], color="black", alpha=0.07, linewidth=0)
         axes.plot(whole["traffic"], whole["mean"], "h", color="black", markersize=6)
     for kind, points in table[table["kind"] != _NONE].groupby("kind", sort=False):
-        look = looks[kind]
+        look, side = looks[kind], 1 - 2 * (list(looks).index(kind) % 2)  # labels above the marks, or below
         axes.plot(points["traffic"], points["mean"], color=look.color, linewidth=0.7, alpha=0.6)
         axes.vlines(points["traffic"], points["low"], points["high"], color=look.color, linewidth=0.7, alpha=0.6)
         for _, point in points.iterrows():
@@ -151,7 +151,8 @@ def _draw(axes: Axes, table: pd.DataFrame, looks: dict[Any, canvas.Look], title:
             axes.plot(
                 point["traffic"], point["mean"], look.marker, color=look.color, markerfacecolor=face, markersize=4.5
             )
-            place: dict[str, Any] = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 5}
+            place: dict[str, Any] = {"xytext": (0, 6.5 * side), "textcoords": "offset points", "fontsize": 5}
+            place |= {"ha": "center", "va": "center"}
             axes.annotate(point["text"], (point["traffic"], point["mean"]), color=look.color, **place)
     canvas.decades(axes.xaxis, words.size)
     canvas.within(axes)
