@@ -58,7 +58,7 @@ def test_a_trade_off_gets_its_charts_and_the_others_a_reason(tables, tmp_path):
     frame, history = tables
     results = everything.draw_all(frame, history, None, tmp_path, formats=("png",))
     assert set(results) == ALL
-    unsupported = {"mechanisms", "cohort", "client_epsilons", "small_multiples"}
+    unsupported = {"mechanisms", "cohort", "client_epsilons", "small_multiples", "compression", "compression_down"}
     assert ALL - drawn(results) == unsupported | {"clipping_map"} - set(vars(tradeoffs))
     check(results, tmp_path, ("png",))
     same = "All finished runs have the same {} ({}), so there is nothing to draw against it."

@@ -50,7 +50,7 @@ class _Optimizer:
 
 def _reference(setup: object, data: FederatedData, cohorts: list[np.ndarray]) -> list[np.ndarray]:
     """Federated averaging as the papers write it: Keras, a loop over clients, NumPy for the server."""
-    local, plan, server = setup.local, setup.plan, setup.server
+    local, plan, server = setup.local, setup.plan, setup.server.optimizer
     weights = [np.array(weight, np.float64) for weight in setup.model.initial_weights(setup.seed)]
     first = [np.zeros_like(weight) for weight in weights]
     second = [np.full_like(weight, server.adaptivity**2) for weight in weights]

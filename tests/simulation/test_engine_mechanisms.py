@@ -47,8 +47,9 @@ def _by_hand(configured: Any) -> State:
 
     @tf.function(autograph=False)
     def sent(state: State, client: tf.Tensor, settings: Settings) -> Any:
-        params = query.client_params(query.derive_sample_params(state.query), client)
-        return query.preprocess_record(params, alone._train(state, client, settings))
+        params = query.derive_sample_params(state.query)
+        update = alone._train(state, params, client, settings)
+        return query.preprocess_record(query.client_params(params, client), update)
 
     for cohort in COHORTS:
         total = query.initial_sample_state(list(state.weights))
