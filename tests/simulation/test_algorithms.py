@@ -78,7 +78,7 @@ def _reference(configured: Any, data: FederatedData) -> list[np.ndarray]:
         updates = [_update(configured, data, weights, round_number, client) for client in cohort]
         total = sum(count for _, count in updates) if by_examples else configured.plan.expected_cohort
         for update, count in updates:
-            share = configured.server.learning_rate * (count if by_examples else 1) / total
+            share = configured.server.optimizer.learning_rate * (count if by_examples else 1) / total
             weights = [weight + share * part for weight, part in zip(weights, update, strict=True)]
     return weights
 
