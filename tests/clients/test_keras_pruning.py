@@ -7,8 +7,9 @@ import pytest
 import tensorflow as tf
 
 import dpfl
+from dpfl.clients.keras_door import as_prunable, pruning_schedule
 from dpfl.clients.keras_door.pruning import prunable_layers, tfmot_keras
-from dpfl.compression import as_prunable, compressed_size, lite_logits, pruning_schedule, to_lite
+from dpfl.compression import compressed_size, lite_logits, to_lite
 from dpfl.compression.subspace import Subspaces
 
 LOSS = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)

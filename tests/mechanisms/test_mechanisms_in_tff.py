@@ -5,17 +5,13 @@ noise is the same too, but clipping can differ by one unit in the last place. No
 cannot be the same in TFF, which does not say which client it is; there its distribution is tested.
 """
 
-import contextlib
 import importlib.util
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from own_process import answer_of
 from scipy import stats
 
 pytestmark = [
@@ -155,24 +151,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, li
     three rounds of two clients with the same update, and one with nobody.
     """
     folder = tmp_path_factory.mktemp("tff")
-    (folder / "script.py").write_text(SCRIPT)
-    with (folder / "output").open("w") as output:
-        # A group of its own: TFF leaves a child, worker_binary, behind, which would hold pipes open.
-        process = subprocess.Popen(
-            [sys.executable, str(folder / "script.py"), str(folder / "answer")],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=400)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert code == 0, (folder / "output").read_text()[-3000:]
-    return json.loads((folder / "answer").read_text())
+    return json.loads(answer_of(SCRIPT, folder)[0])
 
 
 # Functions, not classes: so pytest-xdist runs them in one process, with one fixture.

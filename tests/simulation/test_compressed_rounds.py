@@ -74,7 +74,7 @@ class TestBytes:
             (PRUNING, lambda number: 4 * pruned_coordinates(number)),
             (PRUNING | {"bits": 4}, lambda number: 4 * math.ceil(pruned_coordinates(number) / 8) + 4),
         ],
-        ids=str,
+        ids=lambda value: None if callable(value) else str(value),
     )
     def test_up_are_those_of_the_messages(self, settings, each, base):
         """Of updates in each round's subspace, over rounds of a model that moves by what is released."""

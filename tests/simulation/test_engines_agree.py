@@ -1,16 +1,12 @@
 """The same experiment under genuine TensorFlow Federated and in the in-graph engine, to the same numbers."""
 
-import contextlib
 import importlib.util
-import os
 import pickle
-import signal
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
+from own_process import answer_of
 
 pytestmark = [
     pytest.mark.slow,  # Importing TensorFlow Federated alone takes some seconds.
@@ -151,23 +147,7 @@ with open(sys.argv[1], "wb") as file:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each case leaves behind, by engine."""
     folder = tmp_path_factory.mktemp("engines")
-    (folder / "script.py").write_text(SCRIPT)
-    with (folder / "output").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(folder / "script.py"), str(folder / "answer")],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=900)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert code == 0, (folder / "output").read_text()[-3000:]
-    return pickle.loads((folder / "answer").read_bytes())
+    return pickle.loads(answer_of(SCRIPT, folder)[0])
 
 
 # Functions, not classes: so pytest-xdist runs them in one process, with one fixture.

@@ -1,17 +1,13 @@
 """Real writers on both engines: 100 rounds to the same accuracies, and the same weights whatever the mechanism."""
 
-import contextlib
 import importlib.util
-import os
 import pickle
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from own_process import answer_of
 
 FEMNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "femnist_leaf_writers.npz"
 pytestmark = [
@@ -93,23 +89,7 @@ with open(sys.argv[1], "wb") as file:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each case leaves behind: weights and history of each engine, and the weights at the start."""
     folder = tmp_path_factory.mktemp("femnist")
-    (folder / "script.py").write_text(SCRIPT)
-    with (folder / "output").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(folder / "script.py"), str(folder / "answer"), str(FEMNIST)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=900)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert code == 0, (folder / "output").read_text()[-3000:]
-    return pickle.loads((folder / "answer").read_bytes())
+    return pickle.loads(answer_of(SCRIPT, folder, str(FEMNIST))[0])
 
 
 def apart(one: list[np.ndarray], other: list[np.ndarray]) -> float:

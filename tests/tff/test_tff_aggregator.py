@@ -1,17 +1,13 @@
 """`dpfl.tff.aggregator` in the builders of TensorFlow Federated, with models and data that know nothing of dpfl."""
 
-import contextlib
 import importlib.util
 import itertools
-import os
 import pickle
-import signal
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
+from own_process import answer_of
 
 pytestmark = [
     pytest.mark.slow,  # Importing TensorFlow Federated alone takes some seconds.
@@ -154,23 +150,7 @@ with open(sys.argv[1], "wb") as file:
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("aggregator")
-    (folder / "script.py").write_text(SCRIPT % (BUILDERS,))
-    with (folder / "output").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(folder / "script.py"), str(folder / "answer")],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=600)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert code == 0, (folder / "output").read_text()[-3000:]
-    return pickle.loads((folder / "answer").read_bytes())
+    return pickle.loads(answer_of(SCRIPT % (BUILDERS,), folder)[0])
 
 
 # Functions, not classes: so pytest-xdist runs them in one process, with one fixture.

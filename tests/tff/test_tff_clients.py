@@ -1,12 +1,9 @@
 """DP-SGD clients under genuine TensorFlow Federated: what the in-graph engine gives, and noise of their own."""
 
-import contextlib
 import importlib.util
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
@@ -14,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from own_process import answer_of
 from scipy import stats
 
 import dpfl
@@ -309,25 +307,8 @@ with open(sys.argv[1], "w") as file:
 
 def run(script: str, folder: Any) -> tuple[Any, str]:
     """What a program with TFF answers, and what it prints."""
-    (folder / "script.py").write_text(script)
-    with (folder / "output").open("w") as output:
-        # A group of its own: TFF leaves a child, worker_binary, behind, which would hold pipes open.
-        process = subprocess.Popen(
-            [sys.executable, str(folder / "script.py"), str(folder / "answer")],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=500)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    printed = (folder / "output").read_text()
-    assert code == 0, printed[-3000:]
-    return json.loads((folder / "answer").read_text()), printed
+    answer, printed = answer_of(script, folder)
+    return json.loads(answer), printed
 
 
 @pytest.fixture(scope="module")
