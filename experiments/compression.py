@@ -12,6 +12,7 @@ Writes runs/compression/{runs.csv,table.md,compression.png,compression_down.png}
 and their table, lite.md, and prints the tables.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -37,9 +38,9 @@ FORMATS = ("float32", "float16", "int8")
 
 def answer(setting: settings.Setting) -> None:
     """Accuracy against the bytes that clients send, the clip norm chosen on validation."""
-    ways = [dpfl.Compression(), *(dpfl.Compression(**way) for way in setting.some(WAYS, 3))]
+    ways = [dpfl.Compression(), *(dpfl.Compression(**way) for way in setting.some(WAYS))]
     axes = {
-        "privacy.epsilon": setting.some(EPSILONS),
+        "privacy.epsilon": setting.some(EPSILONS, 1),
         "mechanism.clip_norm": setting.some(CLIP_NORMS, 1),
         "compression": ways,
     }
@@ -51,9 +52,10 @@ def answer(setting: settings.Setting) -> None:
     network = setting.experiment(
         model="mlp", privacy=dpfl.Privacy(epsilon=8, delta=settings.delta(setting.data.num_clients))
     )
-    ends = [dpfl.Compression(lite=FORMATS, sparsity=sparsity) for sparsity in (0.0, 0.9)]
+    formats = setting.some(FORMATS, 1)
+    ends = [dpfl.Compression(lite=formats, sparsity=sparsity) for sparsity in setting.some([0.0, 0.9], 1)]
     files = setting.run(dpfl.Study(network, {"compression": ends}, seeds=setting.seeds), "lite")
-    setting.show(table_of_files(files), name="lite")
+    setting.show(table_of_files(files, formats), name="lite")
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -65,10 +67,10 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     return means.merge(summary, on=keys).sort_values(["epsilon", "update_bytes"])
 
 
-def table_of_files(frame: pd.DataFrame) -> pd.DataFrame:
+def table_of_files(frame: pd.DataFrame, formats: Sequence[str]) -> pd.DataFrame:
     """Size and accuracy of the files of each format, means over the seeds."""
     tables = []
-    for form in FORMATS:
+    for form in formats:
         sizes = frame.groupby("compression")[[f"lite_{form}_bytes", f"lite_{form}_gzip_bytes"]].mean().round()
         sizes = sizes.set_axis(["bytes", "gzip_bytes"], axis=1).reset_index()
         summary = dpfl.statistics.summarise(frame, ["compression"], value=f"lite_{form}_accuracy")
