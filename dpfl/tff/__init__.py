@@ -54,9 +54,9 @@ Updates can be compressed in front of any aggregator, TFF's own among them. The 
 compressed first, clipped after. With 4 bits for a coordinate:
 
     inner = tff.aggregators.DifferentiallyPrivateFactory.gaussian_fixed(1.0, clients_per_round=15.0, clip=0.5)
-    aggregator = dpfl.tff.compressed(inner, dpfl.Compression(bits=4, rotation=True))
-    process = tff.learning.algorithms.build_unweighted_fed_avg(model_fn, optimizer, model_aggregator=aggregator)
-    output = process.next(process.initialize(), datasets)
+    chain = dpfl.tff.compressed(inner, dpfl.Compression(bits=4, rotation=True))
+    averaging = tff.learning.algorithms.build_unweighted_fed_avg(model_fn, optimizer, model_aggregator=chain)
+    output = averaging.next(averaging.initialize(), datasets)
     print(output.metrics["aggregator"].message_bytes)  # that each client sends
 
 TensorFlow Federated is imported when one of these functions is called, not before.

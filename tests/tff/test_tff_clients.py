@@ -454,10 +454,11 @@ def test_code_in_the_docstring_runs_as_it_stands(tmp_path) -> None:
     assert dpfl.tff.__doc__ is not None
     code = "\n".join(re.findall(r"\n\n((?:    .*\n|\n)+)", dpfl.tff.__doc__))
     found, printed = run(READ_ME.format(code=textwrap.dedent(code)), tmp_path)
-    of_clients, of_examples = printed.strip().splitlines()
+    of_clients, of_examples, message_bytes = printed.strip().splitlines()
     assert re.match(r"\((7\.\d+|8), 0.01\)-differential privacy at user level", of_clients)
     assert re.match(r"\((7\.\d+|8), 1e-05\)-differential privacy at example level", of_examples)
     assert 7.5 < found["epsilon"] <= 8
+    assert message_bytes == "408"  # 650 weights in 6 buckets of 128 coordinates of 4 bits, with 6 scales
     # About 0.7 with any noise; guessing gives 0.1.
     assert found["accuracy"] > 0.4
 
