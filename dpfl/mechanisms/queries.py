@@ -190,11 +190,9 @@ class MeanQuery(NormalizedQuery):
     def exact_result(self, sample_state: Any, global_state: Any) -> Any:
         """What `get_noised_result` gives but for the noise, or None where nobody knows it. Private."""
         exact = self._sum.exact_sum(sample_state)
-        return (
-            None
-            if exact is None
-            else tf.nest.map_structure(lambda part: part / tf.cast(self._denominator, tf.float32), exact)
-        )
+        # Of the state: plans with other cohorts share this graph.
+        denominator = tf.cast(global_state.denominator, tf.float32)
+        return None if exact is None else tf.nest.map_structure(lambda part: part / denominator, exact)
 
     def client_params(self, params: Any, client: tf.Tensor, examples: tf.Tensor | None = None) -> Any:
         """See `SumQuery.client_params`.

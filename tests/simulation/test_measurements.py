@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import dpfl
-from dpfl.simulation.run import _graph_engine, _server_step, _start, run_together
+from dpfl.simulation.run import _ENGINES, _graph_engine, _server_step, _start, run_together
 from dpfl.simulation.state import NORM_QUANTILES, norm_counts, norm_quantile
 
 
@@ -148,3 +148,14 @@ def test_norms_beyond_the_bins_and_such_that_are_not_finite() -> None:
     assert counts[0] == 2
     assert counts[-1] == 1
     assert np.isnan(norm_quantile(np.zeros(400), 0.5))
+
+
+def test_plans_that_share_a_graph_divide_by_their_own_cohort(base: dpfl.Experiment) -> None:
+    """Whoever was traced first: the ratio is that of the run by itself."""
+    larger = base.replace(sampler=dpfl.Poisson(cohort=20))
+    _ENGINES.clear()
+    alone = larger.run(0, progress=False).history
+    _ENGINES.clear()
+    base.run(0, progress=False)
+    after = larger.run(0, progress=False).history
+    assert [row["signal_to_noise"] for row in after] == pytest.approx([row["signal_to_noise"] for row in alone])
